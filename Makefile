@@ -1,0 +1,40 @@
+# make demo: set up, run the whole pipeline on the demo corpus, show the metrics.   make test: the tests.
+# `export` puts the environment's python and dvc first, so nothing need be activated.
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+READY := .venv/ready
+
+.PHONY: setup demo test lint lock clean
+
+demo: $(READY)
+	dvc repro
+	@echo
+	dvc metrics show
+	@echo
+	@echo "Report: $(CURDIR)/reports/report.html"
+
+test: $(READY)
+	pytest -q -n auto
+
+lint: $(READY)
+	ruff check .
+	mypy
+
+setup: $(READY)
+
+# --without-pip and pip's --python: a bare Debian has neither ensurepip nor a writable system Python.
+# uv, because pip picks a CPU torch that torchvision can't load with, and takes ten times as long.
+$(READY): constraints.txt
+	test -x .venv/bin/python || python3 -m venv --without-pip .venv
+	python3 -m pip --python .venv/bin/python install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
+	.venv/bin/uv pip sync --quiet --compile-bytecode --python .venv/bin/python constraints.txt
+	touch $(READY)
+
+# After a change of pyproject.toml's dependencies: pin them anew, for every Python from 3.11 on.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
+		--group dev pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf .cache/parts .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,60 @@
+"""Stage demo: the generated demo corpus (data/demo/) and miniature checkpoints (models/demo/).
+
+With any other adapter there is nothing to make; the stage then only checks, before anything else runs, that
+the corpus folder lies where params.yaml says.
+"""
+
+from pathlib import Path
+
+from stages.corpus.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
+from stages.corpus.demo.clip_checkpoint import make_clip
+from stages.corpus.demo.generate import make_corpus, sentences
+from stages.errors import PipelineError, run_stage
+from stages.extraction import pick_workers
+from stages.params import Params, load
+
+DATA = Path("data/demo")
+MODELS = Path("models/demo")
+LAYOUTS = {
+    "mer2024": "video-labeled/, video-unlabeled-with-test2noise/, label-disdim.csv, label-transcription.csv and "
+               "candidate_20000.csv",
+    "mer2023": "train/, test1/, test2/, test3/ and train-label.csv",
+    "mer2025": "video/, subtitle_chieng.csv, track1_train_disdim.csv and track_all_candidates.csv",
+    "csv": "clips.csv (path,split,label,...) and the clips that it lists",
+}
+
+
+def make_demo(p: Params) -> None:
+    """Corpus and checkpoints from demo.seed; the same bytes every time."""
+    d = p.demo
+    make_corpus(DATA, d.seed, d.labelled, d.unlabelled, d.test, p.corpus.labels, pick_workers(p.runtime))
+    make_hubert(MODELS / "hubert", d.seed)
+    make_hubert_base(MODELS / "hubert_base", d.seed)
+    make_clip(MODELS / "clip", d.seed)
+    make_baichuan(MODELS / "baichuan", d.seed, sentences())
+
+
+def check_corpus(p: Params) -> None:
+    """Raises PipelineError saying where the corpus must lie and what must be in it."""
+    folder = Path(p.corpus.path)
+    if not folder.is_dir():
+        raise PipelineError(
+            f"corpus.path: found no folder {folder} (in {Path.cwd()}), expected the {p.corpus.adapter} corpus there, "
+            f"with {LAYOUTS[p.corpus.adapter]}; put or link it there, or change corpus.path"
+        )
+
+
+def main() -> None:
+    p = load()
+    for folder in (DATA, MODELS):
+        folder.mkdir(parents=True, exist_ok=True)
+    if p.corpus.adapter == "demo":
+        make_demo(p)
+        return
+    check_corpus(p)
+    for folder in (DATA, MODELS):
+        (folder / "README.txt").write_text(f"No demo here: corpus.adapter is {p.corpus.adapter}.\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,238 @@
+"""Every image through CLIP's image tower: projected, not normalised features, (T, embed_dim) [paper 3.1].
+
+Any open_clip model. `checkpoint` is one of
+    a folder            open_clip_config.json beside the weights, open_clip's own `local-dir:` layout
+    MODEL / TAG         a pretrained tag of open_clip, e.g. "ViT-L-14-quickgelu / openai" [paper]
+    hf-hub:ORG/NAME     any repository of the Hugging Face hub in open_clip's layout
+and `revision` pins the hub commit of the latter two. Weights are safetensors, or .bin through weights_only;
+the tags of open_clip resolve to such files on the hub, never to OpenAI's own TorchScript archives.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from safetensors import safe_open
+
+from stages.encoders.checkpoints import DTYPES, Dtype, one_line
+from stages.errors import PipelineError, Skip
+
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+WORKING_SET = {"cpu": 32 << 20, "cuda": 4 << 30}  # bytes of activations per forward pass: see `chunk_images`
+QUICK_GELU = 1.702  # its constant
+BLOCK_VALUES = 14  # values per token and width alive at once in a block: stream, norm, qkv, attention, MLP
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Config:
+    """The keys of a params.yaml row with `encoder: clip`."""
+
+    checkpoint: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    dtype: Dtype
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_clip(checkpoint: str, revision: str | None, dtype: str, device: str) -> tuple[Any, str]:
+    """An open_clip model in eval mode, frozen, in `dtype` on `device`, and the name its tokenizer goes by.
+
+    The model's parameters all have `dtype`, except logit_scale, which stays float32. Raises PipelineError
+    naming the checkpoint, and the tensor where one is missing, superfluous or of the wrong shape.
+    """
+    import open_clip
+
+    try:
+        name, pretrained, preprocess = _locate(checkpoint, revision)
+        model = open_clip.create_model(
+            name, pretrained, force_preprocess_cfg=preprocess, require_pretrained=True, weights_only=True
+        )
+        _refuse_interpolated(model, pretrained or _weights_in(name))
+    except PipelineError:
+        raise
+    except Exception as error:  # open_clip, torch, the hub and safetensors raise whatever they like
+        raise PipelineError(f"{checkpoint}: can't be loaded as an open_clip checkpoint: {one_line(error)}") from error
+    model.requires_grad_(False).eval()
+    _fuse_quick_gelu(model)
+    scale = model.logit_scale.data.float()
+    model.to(device, DTYPES[dtype])
+    model.logit_scale.data = scale.to(device)
+    return model, name
+
+
+def _locate(checkpoint: str, revision: str | None) -> tuple[str, str | None, dict[str, Any] | None]:
+    """open_clip's model name, the weights file where the name does not imply it, and preprocessing overrides."""
+    if Path(checkpoint).is_dir():
+        return f"local-dir:{checkpoint}", None, None
+    if checkpoint.startswith("hf-hub:"):
+        return f"local-dir:{_download(checkpoint.removeprefix('hf-hub:'), revision)}", None, None
+    name, separator, tag = checkpoint.partition(" / ")
+    if not separator:
+        raise PipelineError(
+            f"{checkpoint}: no such checkpoint; expected an existing folder, 'MODEL / PRETRAINED_TAG' or "
+            f"'hf-hub:ORG/NAME'"
+        )
+    import open_clip
+
+    source = open_clip.get_pretrained_cfg(name, tag)
+    if not source:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none: open_clip has no such model"
+        raise PipelineError(f"{checkpoint}: open_clip has no pretrained tag {tag!r} of {name}; expected one of {known}")
+    repository, _, file = source["hf_hub"].rpartition("/")
+    if not repository:
+        raise PipelineError(f"{checkpoint}: not on the Hugging Face hub; save it as a folder and name that instead")
+    weights = open_clip.download_pretrained_from_hf(repository, filename=file or None, revision=revision)
+    return name, weights, {key: source[key] for key in PREPROCESS_KEYS}
+
+
+def _download(repository: str, revision: str | None) -> str:
+    """The hub repository's configuration, tokenizer and weights (safetensors first); the folder they lie in."""
+    import open_clip
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"])
+    open_clip.download_pretrained_from_hf(repository, revision=Path(folder).name)
+    return folder
+
+
+def _weights_in(name: str) -> str | None:
+    """The file that open_clip picked from a `local-dir:` folder."""
+    from open_clip.factory import _find_checkpoint_in_dir
+
+    return _find_checkpoint_in_dir(Path(name.removeprefix("local-dir:")))
+
+
+def _refuse_interpolated(model: torch.nn.Module, weights: str | None) -> None:
+    """open_clip resizes positional embeddings of the wrong length without a word; here the shape must be right."""
+    if weights is None or not weights.endswith(".safetensors"):
+        return
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a dict
+            found = tuple(file.get_slice(name).get_shape())
+            if "positional_embedding" in name and expected.get(name, found) != found:
+                raise PipelineError(f"{weights}: tensor {name}: found shape {found}, expected {expected[name]}")
+
+
+def _fuse_quick_gelu(model: torch.nn.Module) -> None:
+    """QuickGELU x * sigmoid(1.702 x) as SiLU(1.702 x) / 1.702, the factors moved into the weights around it.
+
+    The same function, but one pass over the widest activation of a block instead of three.
+    """
+    from open_clip.transformer import QuickGELU
+
+    for block in model.modules():
+        mlp: Any = getattr(block, "mlp", None)
+        if isinstance(getattr(mlp, "gelu", None), QuickGELU):
+            mlp.c_fc.weight.data *= QUICK_GELU
+            mlp.c_fc.bias.data *= QUICK_GELU
+            mlp.c_proj.weight.data /= QUICK_GELU
+            mlp.gelu = torch.nn.SiLU()
+
+
+# ---------------------------------------------------------------- images
+
+
+class Images:
+    """JPEG bytes to a model's input, as its own preprocess_cfg says and with open_clip's own transform.
+
+    Resizing and cropping stay on the CPU as bytes; scaling and normalising happen on the device, so a
+    quarter of the bytes travel. Thread-safe.
+    """
+
+    def __init__(self, visual: Any):
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+        from torchvision.transforms import Compose, Normalize
+
+        config = PreprocessCfg(**visual.preprocess_cfg)
+        steps = image_transform_v2(config, is_train=False).transforms
+        if not isinstance(steps[-1], Normalize):
+            raise RuntimeError(f"open_clip's transform ends with {steps[-1]}, expected ToTensor and Normalize")
+        self._geometry = Compose(steps[:-2])
+        self.size = config.input_size[1:]  # (height, width)
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+
+    def decode(self, jpegs: Sequence[bytes]) -> np.ndarray:
+        """(T, H, W, 3) uint8, RGB, resized and cropped. Skip if there is no image or one can't be decoded."""
+        if not jpegs:
+            raise Skip("no images")
+        return np.stack([self._decode(i, jpeg) for i, jpeg in enumerate(jpegs)])
+
+    def _decode(self, index: int, jpeg: bytes) -> np.ndarray:
+        try:
+            return np.asarray(self._geometry(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise Skip(f"image {index} can't be decoded: {one_line(error)}") from error
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(..., 3, H, W) float32 in 0..1 to the tower's range."""
+        return (pixels - self._mean.to(pixels.device)) / self._std.to(pixels.device)
+
+    def to_input(self, images: np.ndarray, device: str, dtype: torch.dtype) -> torch.Tensor:
+        """(T, H, W, 3) uint8 to the tower's (T, 3, H, W) input."""
+        pixels = torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
+        return self.normalise(pixels.float().div(255)).to(dtype)
+
+
+def image_bytes(visual: Any, dtype: torch.dtype) -> int:
+    """Estimated peak activation bytes of one image in the tower, its float32 input included."""
+    height, width = Images(visual).size
+    positions = getattr(visual, "positional_embedding", None)
+    if positions is None:  # a ResNet or timm tower: its early maps dominate
+        return int(height * width * 64 * 4)
+    tokens, channels = positions.shape
+    return tokens * channels * BLOCK_VALUES * dtype.itemsize + 2 * 3 * height * width * 4
+
+
+def chunk_images(unit_bytes: int, device: str) -> int:
+    """Images per forward pass. On a CPU about what its caches hold: 16 of ViT-B/32, measured; a GPU wants many."""
+    return max(1, WORKING_SET[device.partition(":")[0]] // unit_bytes)
+
+
+def encode_images(
+    batch: Sequence[np.ndarray], features: Any, images: Images, device: str, dtype: torch.dtype, chunk: int
+) -> list[np.ndarray]:
+    """Clips of (T_i, H, W, 3) uint8 to (T_i, C) float32 each, through `features`: (n, 3, H, W) -> (n, C).
+
+    The clips' images are run together, `chunk` at a time, and copied back once.
+    """
+    everything = np.concatenate(batch)
+    with torch.inference_mode():
+        parts = [
+            features(images.to_input(everything[i : i + chunk], device, dtype)).float()
+            for i in range(0, len(everything), chunk)
+        ]
+        found = torch.cat(parts).cpu().numpy()
+    return np.split(found, np.cumsum([len(clip) for clip in batch])[:-1])
+
+
+class Encoder:
+    """One feature per image. A clip of any number of images is fine: the tower sees `chunk_images` at a time."""
+
+    def __init__(self, config: Config, device: str):
+        self._model, _ = load_clip(config.checkpoint, config.revision, config.dtype, device)
+        self._images = Images(self._model.visual)
+        self._device, self._dtype = device, DTYPES[config.dtype]
+        self.unit_bytes = image_bytes(self._model.visual, self._dtype)
+        probe = np.zeros((1, *self._images.size, 3), np.uint8)
+        self.dimension = self.encode([probe])[0].shape[1]
+
+    def prepare(self, item: Sequence[bytes]) -> np.ndarray:
+        """JPEG bytes of one clip's images to (T, H, W, 3) uint8. Skip if there are none or one is broken."""
+        return self._images.decode(item)
+
+    def size(self, prepared: np.ndarray) -> int:
+        """Number of images."""
+        return len(prepared)
+
+    def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(T, dimension) float32 per clip."""
+        chunk = chunk_images(self.unit_bytes, self._device)
+        return encode_images(batch, self._model.encode_image, self._images, self._device, self._dtype, chunk)

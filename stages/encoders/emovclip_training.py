@@ -1,0 +1,209 @@
+"""Learning EmoVCLIP's prompts: cross-entropy over the labels' text features, towers frozen [choice, after ViFi-CLIP].
+
+AdamW with linear warm-up and cosine decay per step; segment-sampled frames; one mild crop, flip and colour jitter
+per clip; label smoothing. Everything random in an epoch is drawn from (seed, epoch), so a run that is resumed
+after any epoch ends in the same bits as one that never stopped. Half-precision towers make it mixed precision:
+the prompts, their gradients, the loss and the optimiser stay float32. Pure: no files.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from stages.encoders.clip import Images
+from stages.encoders.emovclip import PromptedCLIP, video_features
+
+CROP_AREA = 0.9  # smallest part of the image that a crop keeps: open_clip's own training default
+JITTER = 0.2  # brightness, contrast and saturation change by up to this
+BETAS = (0.9, 0.98)  # CLIP's and ViFi-CLIP's
+AHEAD = 2  # batches decoded ahead
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Labelled clips. frames(clip, indices) gives uint8 (len(indices), H, W, 3); thread-safe."""
+
+    frames: Callable[[int, np.ndarray], np.ndarray]
+    counts: np.ndarray  # (n,) frames that each clip has
+    labels: np.ndarray  # (n,) class indices
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters, as in params.yaml's emovclip section. seed: several numbers make independent runs."""
+
+    frames: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_epochs: int
+    weight_decay: float
+    label_smoothing: float
+    seed: tuple[int, ...]
+
+
+class Trainer:
+    """Trains clip.prompts in place. `epoch` counts the finished ones."""
+
+    def __init__(self, clip: PromptedCLIP, images: Images, token_ids: torch.Tensor, train: Clips, recipe: Recipe,
+                 threads: Executor):
+        """token_ids: (labels, context length), emovclip.label_tokens' answer."""
+        self.clip, self.images, self.train, self.recipe, self.threads = clip, images, train, recipe, threads
+        weight = clip.model.visual.conv1.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.token_ids = token_ids.to(self.device)
+        self.epoch = 0
+        self.steps = math.ceil(len(train) / recipe.batch_size)
+        self.optimizer = torch.optim.AdamW(
+            clip.prompts.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
+        )
+        # float16 gradients underflow without a scale; bfloat16 and float32 need none
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def run_epoch(self) -> float:
+        """One pass over the training clips; returns its mean loss."""
+        rng = np.random.default_rng([*self.recipe.seed, self.epoch])
+        order = rng.permutation(len(self.train))
+        rows = [order[i : i + self.recipe.batch_size] for i in range(0, len(order), self.recipe.batch_size)]
+        picks = [[segments(self.train.counts[row], self.recipe.frames, rng) for row in batch] for batch in rows]
+        total = torch.zeros((), device=self.device)
+        for step, (batch, pixels) in enumerate(self._decoded(self.train, rows, picks)):
+            self._set_learning_rate(self.epoch * self.steps + step)
+            total += self._step(augment(pixels, rng), batch) * len(batch)
+        self.epoch += 1
+        return float(total) / len(order)
+
+    def _step(self, pixels: torch.Tensor, batch: np.ndarray) -> torch.Tensor:
+        labels = torch.from_numpy(self.train.labels[batch]).to(self.device)
+        logits = self.clip.logits(self._video(pixels), self.clip.text_features(self.token_ids))
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _video(self, pixels: torch.Tensor) -> torch.Tensor:
+        clips, frames = pixels.shape[:2]
+        features = self.clip.frame_features(self.images.normalise(pixels.flatten(0, 1)).to(self.dtype))
+        return video_features(features.unflatten(0, (clips, frames)))
+
+    def _set_learning_rate(self, step: int) -> None:
+        rate = self.recipe.learning_rate * schedule(
+            step, self.recipe.warmup_epochs * self.steps, self.recipe.epochs * self.steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def predict(self, clips: Clips) -> np.ndarray:
+        """(n, labels) float32 logits of each clip's middle-of-segment frames, without augmentation."""
+        size = self.recipe.batch_size
+        rows = [np.arange(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
+        picks = [[segments(clips.counts[row], self.recipe.frames) for row in batch] for batch in rows]
+        with torch.inference_mode():
+            text = self.clip.text_features(self.token_ids)
+            found = [self.clip.logits(self._video(pixels), text) for _, pixels in self._decoded(clips, rows, picks)]
+            return torch.cat(found).cpu().numpy()
+
+    def _decoded(
+        self, clips: Clips, rows: Sequence[np.ndarray], picks: Sequence[Sequence[np.ndarray]]
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Batches as (rows, pixels (B, frames, 3, H, W) float32 in 0..1 on the device), decoded ahead."""
+        pending: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
+        for batch, pick in zip(rows, picks, strict=True):
+            decoding = [self.threads.submit(clips.frames, *clip) for clip in zip(batch, pick, strict=True)]
+            pending.append((batch, decoding))
+            if len(pending) > AHEAD:
+                yield self._to_device(*pending.popleft())
+        while pending:
+            yield self._to_device(*pending.popleft())
+
+    def _to_device(self, batch: np.ndarray, clips: list[Future[np.ndarray]]) -> tuple[np.ndarray, torch.Tensor]:
+        images = torch.from_numpy(np.stack([clip.result() for clip in clips])).to(self.device, non_blocking=True)
+        return batch, images.permute(0, 1, 4, 2, 3).float().div(255)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors, JSON-able values) from which `restore` goes on as if nothing had happened."""
+        tensors = {}
+        for name, parameter in self.clip.prompts.named_parameters():
+            tensors[name] = parameter.detach().cpu().clone()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{name}.{key}"] = value.cpu().clone()
+        return tensors, {"epoch": self.epoch, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        with torch.no_grad():
+            for name, parameter in self.clip.prompts.named_parameters():
+                parameter.copy_(tensors[name])
+                prefix = f"{name}."
+                moments = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+                # AdamW keeps `step` on the CPU, the moments beside their parameter
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(self.device, copy=True)
+                    for key, value in moments.items()
+                }
+        self.epoch = values["epoch"]
+        self.scaler.load_state_dict(values["scaler"])
+
+
+def schedule(step: int, warmup: int, total: int) -> float:
+    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def segments(count: int, wanted: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """`wanted` frame indices, one from each of as many equal segments of range(count): random, or the middle.
+
+    A clip with fewer frames than segments repeats some. int64 (wanted,), ascending.
+    """
+    inside = np.full(wanted, 0.5) if rng is None else rng.random(wanted)
+    return np.minimum((np.arange(wanted) + inside) * count / wanted, count - 1).astype(np.int64)
+
+
+def augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """A mild crop, a flip and colour jitter, one draw per clip: (B, T, 3, H, W) float32 in 0..1 to the same.
+
+    The draws are made on the CPU, so that every device sees the same ones.
+    """
+    clips, frames = pixels.shape[:2]
+
+    def per_clip(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(pixels.device)
+
+    side = np.sqrt(rng.uniform(CROP_AREA, 1, clips))
+    centre = rng.uniform(-1, 1, (2, clips)) * (1 - side)
+    flip = rng.choice([-1.0, 1.0], clips)
+    zero = np.zeros(clips)
+    affine = per_clip(np.stack([[side * flip, zero, centre[0]], [zero, side, centre[1]]]).transpose(2, 0, 1))
+    grid = functional.affine_grid(affine, [clips, 3, *pixels.shape[3:]], align_corners=False)
+    flat = pixels.reshape(clips, frames * 3, *pixels.shape[3:])  # a clip's frames share its grid
+    cropped = functional.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(pixels)
+    return colour_jitter(cropped, *(per_clip(rng.uniform(1 - JITTER, 1 + JITTER, (clips, 1, 1, 1, 1)))
+                                    for _ in range(3)))
+
+
+def colour_jitter(
+    pixels: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
+) -> torch.Tensor:
+    """Factors (B, 1, 1, 1, 1) applied to (B, T, 3, H, W) in 0..1: torchvision's ColorJitter in a fixed order, clamped.
+
+    Brightness scales towards black, contrast towards the clip's mean grey, saturation towards each pixel's grey.
+    """
+    grey = torch.tensor([0.299, 0.587, 0.114], device=pixels.device).view(3, 1, 1)
+    bright = pixels * brightness
+    mean = (bright * grey).sum(2, keepdim=True).mean((1, 3, 4), keepdim=True)
+    contrasted = torch.lerp(mean, bright, contrast)
+    return torch.lerp((contrasted * grey).sum(2, keepdim=True), contrasted, saturation).clamp(0, 1)

@@ -1,0 +1,77 @@
+"""Stage evaluate: WAF and what lies behind it: metrics.json, predictions, the submission, plots and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.errors import run_stage
+from stages.extraction import pick_device, set_threads
+from stages.files import replacing
+from stages.params import Params, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stages.evaluation.artefacts import Run
+
+PLOTS = Path("reports/plots")
+ROBUSTNESS = ("removed", "kept", "cv_waf", "cv_waf_std", "test_waf", "test_waf_std")
+
+
+def main() -> None:
+    p = load()
+    import pandas as pd
+
+    from stages.evaluation import figures
+    from stages.evaluation.artefacts import read_run
+    from stages.evaluation.report import render_report
+
+    run = read_run(p.corpus.labels)
+    headline = figures.headline(run, p.evaluate)
+    predictions = figures.prediction_table(run)
+    robustness = robustness_table(run, p) if p.fusion.missing == "report" else None
+    tables = {
+        "reports/predictions.csv": predictions.round(6),
+        "reports/submission.csv": figures.submission_table(predictions),
+        PLOTS / "confusion.csv": figures.confusion_table(run, predictions)[1],
+        PLOTS / "rounds.csv": figures.rounds_table(run).round(4),
+        PLOTS / "curves.csv": figures.curves_table(run).round(6),
+        "reports/robustness.csv": pd.DataFrame(columns=ROBUSTNESS) if robustness is None else robustness.round(4),
+    }
+    for path, table in tables.items():
+        with replacing(path) as file:
+            table.to_csv(file, index=False, lineterminator="\n")
+    with replacing("reports/report.html") as file:
+        file.write(render_report(run, p, headline, predictions, robustness))
+    with replacing("reports/metrics.json") as file:
+        file.write(json.dumps(headline, indent=2) + "\n")
+
+
+def robustness_table(run: Run, p: Params) -> pd.DataFrame:
+    """WAF of the final models with every subset of modalities removed (figures.robustness_table)."""
+    import numpy as np
+
+    from stages.evaluation import figures
+    from stages.fusion.ensemble import load_ensemble
+    from stages.fusion.features import NARROW_INPUT, load_inputs
+
+    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, pick_device(p.runtime.device))
+    set_threads(inputs.dimension < NARROW_INPUT)
+    ensemble = load_ensemble("models/self_training")
+    known = inputs.others[run.known("test")]
+
+    def predict(removed: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:
+        by_fold = ensemble.predict(inputs, inputs.labelled, removed).numpy()  # (S, F, labelled, L)
+        own = by_fold[:, run.folds, np.arange(len(run.folds))]
+        others = np.zeros((len(own), len(inputs.others), own.shape[-1]), own.dtype)
+        if known.size:  # only the clips that are scored: the others' predictions would go nowhere
+            others[:, run.known("test")] = ensemble.predict(inputs, known, removed).mean(dim=1).numpy()
+        return own, others
+
+    return figures.robustness_table(run, predict)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,27 @@
+"""Stage extract_audio: every clip's sound as mono PCM at audio.sample_rate (24 kHz [paper]) in data/audio/."""
+
+from functools import partial
+from pathlib import Path
+
+from stages.errors import run_stage
+from stages.extraction import extract_media
+from stages.media.audio import load_audio
+from stages.params import load
+from stages.store import Row
+
+
+def audio_row(clip_id: str, path: str, sample_rate: int) -> Row:
+    """int16 samples of one clip. Raises Skip where there is no usable audio stream."""
+    samples, note = load_audio(path, sample_rate)
+    return Row(clip_id, values=samples, reason=note)
+
+
+def main() -> None:
+    p = load()
+    rate = p.audio.sample_rate
+    extract_media("extract_audio", Path("data/audio"), "audio", partial(audio_row, sample_rate=rate), p,
+                  {"sample_rate": rate})
+
+
+if __name__ == "__main__":
+    run_stage(main)

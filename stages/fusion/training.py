@@ -1,0 +1,285 @@
+"""Training [paper 4.1]: all folds and seeds at once, as one batched model.
+
+Models differ in their weights, their batches and their dropout, and each has its own optimiser state, so every
+one comes out as if it had been trained alone (tests/test_fusion.py holds them equal). Features stay on the device:
+a step gathers each model's rows, standardises them by the model's fold, drops, and runs M models in one pass.
+
+Per model the epoch with the best validation WAF is kept; ties go to the earlier epoch. Nothing is copied to the
+host, and so nothing waits for a GPU, before training ends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from stages.fusion.ensemble import Ensemble, Outputs
+from stages.fusion.features import Inputs, Statistics, affine, fold_statistics
+from stages.fusion.masks import DROPOUT, INITIAL, LOWEST, ORDER, RandomBits, keep_modalities, stream, threshold
+from stages.fusion.model import Architecture, Parameters, first_layer, initial_parameters, logits
+from stages.params import Fusion
+
+
+def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outputs:
+    """Train len(recipe.seeds) x folds models on `inputs` with its modalities; the ensemble of each model at its best
+    epoch then predicts the unlabelled and test clips, once.
+
+    labels: (S, N) int64, the class that seed s learns for each clip, -1 for none: the labelled clips' classes,
+    and pseudo-labels. name: what the progress bar shows.
+    """
+    shape = (len(recipe.seeds), inputs.fold_count)
+    models = list(np.ndindex(*shape))
+    statistics = fold_statistics(inputs, recipe.standardize)
+    fitted = fit(inputs, recipe, labels, statistics, models, name)
+    ensemble = Ensemble(
+        architecture_of(inputs, recipe),
+        inputs.label_names,
+        tuple(recipe.seeds),
+        fitted.parameters.unflatten(0, shape),
+        {key: (mean.cpu(), scale.cpu()) for key, (mean, scale) in statistics.items()},
+        recipe.dropout,
+    )
+    best, last = (torch.empty(shape[0], len(inputs.labels), fitted.best.shape[-1]) for _ in range(2))
+    for m, (s, fold) in enumerate(models):
+        rows = np.flatnonzero(inputs.folds == fold)
+        best[s, rows], last[s, rows] = fitted.best[m, : len(rows)], fitted.last[m, : len(rows)]
+    votes = ensemble.predict(inputs, inputs.others)
+    rows = inputs.labelled
+    return Outputs(ensemble, best[:, rows], last[:, rows], votes, fitted.curves.unflatten(0, shape))
+
+
+def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
+    """The model's shapes for these modalities and labels."""
+    names, dimensions = tuple(m.name for m in inputs.modalities), tuple(m.dimension for m in inputs.modalities)
+    return Architecture(names, dimensions, recipe.hidden, len(inputs.label_names))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """M trained models, on the CPU. Validation softmaxes follow the rows of the model's fold, padded to the longest."""
+
+    parameters: Tensor  # (M, P) at the best epoch
+    best: Tensor  # (M, V, L) validation softmaxes at the best epoch
+    last: Tensor  # (M, V, L) at the last epoch
+    curves: Tensor  # (M, epochs, 3): train_loss, valid_loss, valid_waf in percent
+
+
+def fit(
+    inputs: Inputs,
+    recipe: Fusion,
+    labels: np.ndarray,
+    statistics: Statistics,
+    models: Sequence[tuple[int, int]],
+    name: str,
+) -> Fitted:
+    """Train the models (position of the seed, fold) all at once.
+
+    A model learns from every clip with a label (S, N) that is not in its fold, and is validated on its fold. A
+    pseudo-labelled clip is in no fold: it is learned from, never validated on.
+    """
+    device, architecture = inputs.device, architecture_of(inputs, recipe)
+    seeds = [_word(stream(recipe.seeds[s], fold, 0, INITIAL)) for s, fold in models]
+    flat = initial_parameters(architecture, seeds).to(device)
+    gradient = torch.zeros_like(flat)
+    parameters, gradients = architecture.views(flat), architecture.views(gradient)
+    rows = [row.detach().requires_grad_() for row in flat]  # an optimiser entry per model: each steps or skips alone
+    adam = torch.optim.Adam(rows, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    feed = Feed(inputs, recipe, statistics, [fold for _, fold in models])
+
+    classes = torch.from_numpy(labels[[s for s, _ in models]]).to(device)  # (M, N)
+    training_rows = [np.flatnonzero((labels[s] >= 0) & (inputs.folds != fold)) for s, fold in models]
+    valid, valid_weights = _padded([np.flatnonzero(inputs.folds == fold) for _, fold in models], device)
+    valid_classes = classes.gather(1, valid)
+    best, best_waf = flat.clone(), torch.full((len(models),), -1.0, device=device)
+    best_softmax = torch.zeros(*valid.shape, architecture.labels, device=device)
+    curves = torch.zeros(len(models), recipe.epochs, 3, device=device)
+
+    for epoch in tqdm(range(recipe.epochs), desc=name, unit="epoch", mininterval=1, leave=False):
+        plan, counts, widths = plan_epoch(training_rows, models, recipe, epoch)
+        batches, weights, keys = (torch.from_numpy(array).to(device) for array in plan)
+        for step, width in enumerate(widths):
+            chosen, weight = batches[step, :, :width], weights[step, :, :width]
+            clips, dropout = feed.dropped(chosen, keys[step])
+            actual = classes.gather(1, chosen)
+            losses = backward(parameters, gradients, architecture, clips, dropout, actual, weight)
+            curves[:, epoch, 0] += losses * weight.gt(0).sum(dim=1)
+            for row, slope, count in zip(rows, gradient, counts, strict=True):
+                row.grad = slope if step < count else None
+            adam.step()
+        curves[:, epoch, 0] /= torch.tensor([len(r) for r in training_rows], device=device)
+
+        softmax = evaluate(parameters, architecture, feed, valid, recipe.batch_size)
+        waf = batched_waf(valid_classes, softmax.argmax(dim=-1), valid_weights, architecture.labels)
+        entropy = -softmax.gather(-1, valid_classes[..., None])[..., 0].clamp(min=1e-30).log()
+        curves[:, epoch, 1] = (entropy * valid_weights).sum(dim=1) / valid_weights.sum(dim=1)
+        curves[:, epoch, 2] = waf
+        better = waf > best_waf
+        best_waf = torch.maximum(waf, best_waf)
+        torch.where(better[:, None], flat, best, out=best)
+        best_softmax = torch.where(better[:, None, None], softmax, best_softmax)
+    return Fitted(best.cpu(), best_softmax.cpu(), softmax.cpu(), curves.cpu())
+
+
+def plan_epoch(
+    training_rows: Sequence[np.ndarray], models: Sequence[tuple[int, int]], recipe: Fusion, epoch: int
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list[int], list[int]]:
+    """The epoch's batches: rows (steps, M, B) int64, weights (steps, M, B) float32, keys (steps, M) int64 of the
+    dropout; then each model's number of steps; then each step's width, the clips of its largest batch.
+
+    Every model shuffles its own rows. The last batch is what is left, filled up with weight 0; a weight is one over
+    the number of clips in the batch. Models with fewer batches than others have weights of 0 beyond them.
+    """
+    counts = [-(-len(rows) // recipe.batch_size) for rows in training_rows]
+    shape = (max(counts), len(models), recipe.batch_size)
+    rows, weights, keys = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape[:2], np.int64)
+    for m, (s, fold) in enumerate(models):
+        order = np.random.default_rng(stream(recipe.seeds[s], fold, epoch, ORDER)).permutation(training_rows[m])
+        step, place = np.divmod(np.arange(len(order)), recipe.batch_size)
+        rows[:, m] = order[0]  # what the filling repeats must have a class
+        rows[step, m, place] = order
+        weights[step, m, place] = 1 / np.bincount(step)[step]
+        words = stream(recipe.seeds[s], fold, epoch, DROPOUT).generate_state(counts[m], np.uint64)
+        keys[: counts[m], m] = words.view(np.int64)
+    return (rows, weights, keys), counts, (weights > 0).sum(axis=2).max(axis=1).tolist()
+
+
+def backward(
+    parameters: Parameters,
+    gradients: Parameters,
+    architecture: Architecture,
+    clips: Sequence[Tensor],
+    dropout: Tensor | None,
+    classes: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Write the gradient of every model's loss into `gradients`; return the losses (M,).
+
+    clips: per modality (M, B, D); classes, weights: (M, B); a loss is the weighted sum of its cross-entropies. The
+    first layers' weight gradients, nearly all of the memory traffic, go straight to their place.
+    """
+    names = architecture.modalities
+    first = [first_layer(parameters, name, x).requires_grad_() for name, x in zip(names, clips, strict=True)]
+    wide = {f"encoders.{name}.linear_1.{kind}" for name in names for kind in ("weight", "bias")}
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items() if name not in wide}
+    scores = logits(leaves, names, first, dropout)
+    entropy = cross_entropy(scores.flatten(0, 1), classes.flatten(), reduction="none").view_as(weights)
+    losses = (entropy * weights).sum(dim=1)
+    slopes = torch.autograd.grad(losses.sum(), [*first, *leaves.values()])
+    for name, x, slope in zip(names, clips, slopes, strict=False):
+        torch.bmm(slope.mT, x, out=gradients[f"encoders.{name}.linear_1.weight"])
+        torch.sum(slope, dim=1, out=gradients[f"encoders.{name}.linear_1.bias"])
+    for name, slope in zip(leaves, slopes[len(names) :], strict=True):
+        gradients[name].copy_(slope)
+    return losses.detach()
+
+
+class Feed:
+    """Makes the models' inputs from row numbers: gather, standardise, drop.
+
+    Everything is written to buffers that are made once: at this size allocating costs as much as computing.
+    """
+
+    def __init__(self, inputs: Inputs, recipe: Fusion, statistics: Statistics, folds: Sequence[int]):
+        device, batch, models = str(inputs.device), recipe.batch_size, len(folds)
+        self.recipe, self.modalities, self.present = recipe, inputs.modalities, inputs.present
+        self.complete = bool(inputs.present.all())
+        fold_of = torch.tensor(folds, device=device)
+        self.affine, self.offsets, self.gathered, self.buffers = [], [], [], []
+        for modality in self.modalities:
+            factor, shift = affine(modality, *statistics[modality.name])
+            self.affine.append((factor[fold_of][:, None], shift[fold_of][:, None]))
+            groups, clips, dimension = modality.matrix.shape
+            self.offsets.append((fold_of % groups * clips)[:, None])  # the fold's own matrix, where it has one
+            self.gathered.append(torch.empty(models * batch, dimension, dtype=modality.matrix.dtype, device=device))
+            self.buffers.append(torch.empty(models, batch, dimension, device=device))
+        self.sizes = [batch * len(self.modalities), *(batch * m.dimension for m in self.modalities)]
+        self.sizes.append(batch * len(self.modalities) * recipe.hidden)
+        self.bits = RandomBits(models, sum(self.sizes), device)
+        widest = models * batch * max(m.dimension for m in self.modalities)
+        self.below = torch.empty(widest, dtype=torch.bool, device=device)
+        self.mask = torch.empty(widest, device=device)
+
+    def clean(self, rows: Tensor) -> list[Tensor]:
+        """Inputs in evaluation: (M, B) rows, B at most the batch size -> per modality (M, B, D), valid until the
+        next call. Absent modalities are zeros; nothing is dropped."""
+        clips = [self._standardised(i, rows, 1.0) for i in range(len(self.modalities))]
+        if not self.complete:
+            for i, x in enumerate(clips):
+                x.mul_(self.present[rows, i, None])
+        return clips
+
+    def dropped(self, rows: Tensor, keys: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Inputs in training: (M, B) rows, B at most the batch size, and (M,) keys -> per modality (M, B, D), valid
+        until the next call, and the dropout of the attention encoder's input.
+
+        First whole modalities go [paper eq. 2], then single numbers (dropout). A dropped modality is zeros, like
+        an absent one, and is not made up for by scaling.
+        """
+        recipe, clips_per_model = self.recipe, rows.shape[1]
+        drawn = self.bits.draw(keys).split(self.sizes, dim=1)
+        bits = [piece.unflatten(1, (recipe.batch_size, -1))[:, :clips_per_model] for piece in drawn]
+        present = self.present[rows]
+        keep = present & keep_modalities(bits[0], present, recipe.modality_dropout, recipe.keep_one)
+        if recipe.dropout == 0:
+            clips = self.clean(rows)
+            for i, x in enumerate(clips):
+                x.mul_(keep[..., i, None])
+            return clips, None
+        scale, limit = 1 / (1 - recipe.dropout), threshold(1 - recipe.dropout)
+        limits = torch.where(keep, limit, LOWEST).to(torch.int16)  # no number is below LOWEST: the modality is gone
+        clips = []
+        for i in range(len(self.modalities)):
+            x = self._standardised(i, rows, scale)
+            below = torch.lt(bits[i + 1], limits[..., i, None], out=self.below[: x.numel()].view_as(x))
+            clips.append(x.mul_(self.mask[: x.numel()].view_as(x).copy_(below)))
+        attention = (bits[-1] < limit) * scale
+        return clips, attention
+
+    def _standardised(self, i: int, rows: Tensor, scale: float) -> Tensor:
+        matrix, x = self.modalities[i].matrix.flatten(0, 1), self.buffers[i][:, : rows.shape[1]]
+        gathered = self.gathered[i][: rows.numel()]
+        torch.index_select(matrix, 0, (rows + self.offsets[i]).flatten(), out=gathered)
+        factor, shift = self.affine[i]
+        x.copy_(gathered.view_as(x))
+        return torch.addcmul(shift * scale, x, factor * scale, out=x)
+
+
+@torch.inference_mode()
+def evaluate(parameters: Parameters, architecture: Architecture, feed: Feed, rows: Tensor, batch: int) -> Tensor:
+    """Softmax of each model for its rows (M, V), without dropout: (M, V, L)."""
+    softmaxes = []
+    for block in rows.split(batch, dim=1):
+        clips = zip(architecture.modalities, feed.clean(block), strict=True)
+        first = [first_layer(parameters, name, x) for name, x in clips]
+        softmaxes.append(logits(parameters, architecture.modalities, first).softmax(dim=-1))
+    return torch.cat(softmaxes, dim=1)
+
+
+def batched_waf(actual: Tensor, predicted: Tensor, weights: Tensor, classes: int) -> Tensor:
+    """WAF in percent, sklearn's weighted F1, of M models at once, on their device.
+
+    actual, predicted: (M, V) classes; weights: (M, V), 1 for a clip and 0 for padding. Returns (M,) float32.
+    """
+    models = torch.arange(len(actual), device=actual.device)[:, None]
+    cells = (models * classes + actual) * classes + predicted
+    counts = torch.zeros(len(actual) * classes * classes, device=actual.device)
+    counts.scatter_add_(0, cells.flatten(), weights.flatten())  # whole numbers below 2^24: exact in any order
+    counts = counts.view(-1, classes, classes)
+    support, called = counts.sum(dim=2), counts.sum(dim=1)
+    f1 = 2 * counts.diagonal(dim1=1, dim2=2) / (support + called).clamp(min=1)
+    return 100 * (f1 * support).sum(dim=1) / support.sum(dim=1).clamp(min=1)
+
+
+def _padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of different number as (M, longest) int64, filled up with each model's first, and weights 1 or 0."""
+    padded = np.stack([np.pad(r, (0, max(map(len, rows)) - len(r)), constant_values=r[0]) for r in rows])
+    weights = np.stack([np.arange(padded.shape[1]) < len(r) for r in rows]).astype(np.float32)
+    return torch.from_numpy(padded).to(device), torch.from_numpy(weights).to(device)
+
+
+def _word(sequence: np.random.SeedSequence) -> int:
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,67 @@
+"""Stage gather_features: which features the fusion uses, and which clips lack what.
+
+It stands between the extractors and the fusion so that a row added to `extractors` does not retrain a fusion
+that does not use it: features/ changes, this stage reruns in a second, data/modalities.json stays the same.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.corpus.manifest import write_rows
+from stages.errors import PipelineError, run_stage
+from stages.files import replacing
+from stages.params import Params, load
+from stages.store import Store
+
+MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_faces": "data/faces"}
+
+
+def describe_modality(name: str, stores: dict[str, Store]) -> dict[str, Any]:
+    """What the fusion must know of one modality; the digest covers every clip's features."""
+    first = next(iter(stores.values()))
+    return {
+        "name": name,
+        "folder": str(Path("features") / name),
+        "dimension": int(first.attrs["dimension"]),
+        "statistics": ["mean", "var"] if first.attrs["variance"] else ["mean"],
+        "per_fold": "." not in stores,
+        "present": int(first.present.sum()),
+        "digest": {part: store.digest for part, store in stores.items()},
+    }
+
+
+def open_modality(name: str) -> dict[str, Store]:
+    """The modality's stores: one (".") or, where its encoder is trained per fold, one per fold."""
+    folder = Path("features") / name
+    if not folder.is_dir():
+        raise PipelineError(f"{folder}: not found; expected the features of fusion.modalities {name!r}")
+    folds = sorted(path.name for path in folder.glob("fold-*"))
+    return {part: Store(folder / part) for part in folds or ["."]}
+
+
+def skipped(p: Params, modalities: dict[str, dict[str, Store]]) -> list[tuple[str, str, str, str]]:
+    """(clip_id, stage, present, reason) wherever a stage recorded something; a loss is listed where it began."""
+    stores = {stage: Store(folder) for stage, folder in MEDIA.items()}
+    for name, parts in modalities.items():
+        stage = "extract_emovclip" if name == "emovclip" else f"extract@{name}"
+        stores[stage] = next(iter(parts.values()))
+    return [
+        (clip_id, stage, "true" if present else "false", reason)
+        for stage, store in stores.items()
+        for clip_id, present, reason in zip(store.clip_ids, store.present, store.reasons, strict=True)
+        if reason
+    ]
+
+
+def main() -> None:
+    p = load()
+    modalities = {name: open_modality(name) for name in p.fusion.modalities}
+    described = [describe_modality(name, stores) for name, stores in modalities.items()]
+    with replacing("data/modalities.json") as file:
+        file.write(json.dumps({"modalities": described}, indent=2) + "\n")
+    write_rows("reports/skipped.csv", ["clip_id", "stage", "present", "reason"], sorted(skipped(p, modalities)))
+
+
+if __name__ == "__main__":
+    run_stage(main)

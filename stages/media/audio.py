@@ -1,0 +1,73 @@
+"""Speech of a clip as mono PCM.
+
+Resampled by FFmpeg's swresample, through PyAV: it takes every sample format, rate and channel layout
+frame by frame, so memory stays at the result's size, and it is what the official baseline's ffmpeg
+call uses. (soxr is a little sharper near the Nyquist frequency, but needs the whole clip as float
+and a downmix of our own.)
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.frame import AudioFrame
+
+from stages.errors import Skip
+from stages.media.clip import Reader, damage_note, describe
+
+SOURCE_RATES = (1_000, 768_000)  # Hz; a damaged header can say 1 Hz, and a minute would fill the memory
+
+
+def load_audio(path: str | Path, sample_rate: int) -> tuple[np.ndarray, str]:
+    """Decode a clip's best audio stream: (samples int16 (n,), mono at sample_rate; a note).
+
+    The note is "" or says what is missing of a damaged stream ("truncated: 1.2 of 2.6 s decoded").
+    Several channels are mixed down by swresample's matrix, scaled so that it can't clip.
+    Skip: the file can't be opened, has no audio stream, or nothing of it decodes.
+    """
+    with Reader(path, "audio") as reader:
+        seconds = Seconds()
+        try:
+            parts = list(resampled(seconds.of(reader.frames()), sample_rate))
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise Skip(f"audio can't be decoded: {describe(error)}") from None
+        note = damage_note(seconds.total, reader.declared_seconds, reader.damaged)
+    samples = np.concatenate(parts) if parts else np.zeros(0, np.int16)
+    if not len(samples):
+        raise Skip(f"audio can't be decoded: {note or 'it is empty'}")
+    return samples, note
+
+
+class Seconds:
+    """Counts how long the frames that pass through it last."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def of(self, frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
+        for frame in frames:
+            if not SOURCE_RATES[0] <= frame.sample_rate <= SOURCE_RATES[1]:
+                raise ValueError(f"sample rate {frame.sample_rate} Hz, expected {SOURCE_RATES[0]} to {SOURCE_RATES[1]}")
+            self.total += frame.samples / frame.sample_rate
+            yield frame
+
+
+def resampled(frames: Iterator[AudioFrame], sample_rate: int) -> Iterator[np.ndarray]:
+    """Mono int16 arrays at sample_rate. A stream that changes its format midway (HE-AAC does) is followed."""
+    resampler, current = None, None
+    for frame in frames:
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != current:
+            yield from pull(resampler, None)
+            resampler, current = av.AudioResampler(format="s16", layout="mono", rate=sample_rate), kind
+        frame.pts = None  # samples follow each other: gaps and jumps of damaged clocks are not ours to fill
+        yield from pull(resampler, frame)
+    yield from pull(resampler, None)
+
+
+def pull(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> Iterator[np.ndarray]:
+    """Feed one frame (None flushes) and yield what comes out."""
+    if resampler is not None:
+        for out in resampler.resample(frame):
+            yield out.to_ndarray()[0]

@@ -1,0 +1,148 @@
+"""Opening a clip and walking over one of its streams, however damaged it is.
+
+PyAV brings its own FFmpeg, so no system package is needed. A packet that can't be decoded is passed
+over and counted: a clip with a scratch keeps its other frames, and the caller gets a note about it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+from av.audio.frame import AudioFrame
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition, Stream
+from av.video.frame import VideoFrame
+
+from stages.errors import Skip
+
+# Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
+# files or the network.
+OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,mp3,aac,flac",
+    "protocol_whitelist": "file",
+}
+MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
+SLACK_SECONDS = 0.1  # codecs pad and trim by a few thousand samples
+SLACK_SHARE = 0.02
+
+
+def open_clip(path: str | Path) -> InputContainer:
+    """Open a clip for reading, whatever its extension says. Skip if it is not a media file."""
+    try:
+        # "file:" keeps a name such as "a:b.mp4" from being read as a protocol
+        container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")
+    except FileNotFoundError:
+        raise Skip("file is missing") from None
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise Skip(f"file can't be opened: {describe(error)}") from None
+    return container
+
+
+def describe(error: Exception) -> str:
+    """An FFmpeg error without the path, which differs between machines and is recorded elsewhere."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class Reader:
+    """One forward pass over the best audio or video stream of a clip.
+
+    with Reader(path, "video") as reader:
+        for frame in reader.frames(): ...
+    Raises Skip if the file can't be opened or has no such stream. Afterwards `damaged` counts the
+    packets that could not be read or decoded and `seconds` is the time that the packets spanned.
+    """
+
+    def __init__(self, path: str | Path, kind: str):
+        self.container = open_clip(path)
+        try:
+            self.stream = self._best_stream(kind)
+        except Skip:
+            self.container.close()
+            raise
+        self.damaged = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    def _best_stream(self, kind: str) -> Stream:
+        streams = [
+            stream
+            for stream in self.container.streams
+            if stream.type == kind and not stream.disposition & Disposition.attached_pic  # cover art is no video
+        ]
+        if not streams:
+            raise Skip(f"no {kind} stream")
+        best = self.container.streams.best(kind)
+        stream = best if best in streams else streams[0]
+        if stream.codec_context is None:
+            raise Skip(f"{kind} can't be decoded: no decoder for its codec")
+        stream.codec_context.thread_count = 1  # clips run in parallel, one process each
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)} if kind == "video" else {}
+        return stream
+
+    @property
+    def declared_seconds(self) -> float | None:
+        """What the header says the stream lasts; None where it says nothing."""
+        if self.stream.duration and self.stream.time_base:
+            return float(self.stream.duration * self.stream.time_base)
+        clock = self.stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:00:02.600000000
+        try:
+            hours, minutes, seconds = (float(part) for part in clock)
+        except ValueError:
+            return None
+        return hours * 3600 + minutes * 60 + seconds
+
+    def packets(self) -> Iterator[Packet]:
+        """Every packet that holds data. A read error ends the stream: what came before it stands."""
+        start = end = None
+        packets = self.container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except (av.error.FFmpegError, OSError, ValueError):
+                self.damaged += 1
+                return
+            if packet.size == 0:  # PyAV ends with an empty packet
+                continue
+            if packet.pts is not None and packet.time_base:
+                start = packet.pts if start is None else min(start, packet.pts)
+                end = max(end if end is not None else packet.pts, packet.pts + (packet.duration or 0))
+                self.seconds = float((end - start) * packet.time_base)
+            yield packet
+
+    def frames(self) -> Iterator[AudioFrame | VideoFrame]:
+        """Every frame that decodes, in order of presentation."""
+        for packet in self.packets():
+            yield from self._decode(packet)
+        yield from self._decode(None)  # what the decoder still holds back
+
+    def _decode(self, packet: Packet | None) -> list:
+        try:
+            return self.stream.codec_context.decode(packet)
+        except av.error.EOFError:
+            return []
+        except (av.error.FFmpegError, OSError, ValueError, MemoryError):
+            self.damaged += 1
+            return []
+
+
+def damage_note(decoded: float, declared: float | None, damaged: int) -> str:
+    """"" for a whole stream, else what is missing, e.g. "truncated: 1.2 of 2.6 s decoded"."""
+    if declared is not None and declared - decoded > max(SLACK_SECONDS, SLACK_SHARE * declared):
+        return f"truncated: {decoded:.1f} of {declared:.1f} s decoded"
+    if damaged:
+        return f"damaged: {damaged} packet{'s' if damaged > 1 else ''} passed over"
+    return ""
+
+
+def probe_duration(path: str | Path) -> float | None:
+    """Seconds that the container's header declares, without decoding; None where it says nothing. Skip as open_clip."""
+    with open_clip(path) as container:
+        return None if container.duration is None else container.duration / av.time_base

@@ -1,0 +1,71 @@
+"""Stage rank_emotions: the labels by likelihood for every distinct transcript [paper 3.4], in data/rankings.jsonl.
+
+Answers that cost something are kept for ever in .cache/rankings and never asked for twice, whatever DVC deletes.
+A transcript that got no valid ranking (a refusal, say) stands in the file with `ranking: null` and the reason; more of
+them than corpus.max_bad_fraction stop the stage, and so does every transcript that could not be asked at all.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stages.corpus.manifest import read_transcripts
+from stages.errors import PipelineError, run_stage
+from stages.files import replacing
+from stages.params import Params, load
+from stages.rankings.cache import FOLDER, Answer
+from stages.rankings.providers import rank
+
+OUT = Path("data/rankings.jsonl")
+REASONS_SHOWN = 3
+
+
+def check_failures(answers: Mapping[str, Answer], p: Params) -> None:
+    """Report what got no valid ranking. Raises PipelineError if it is more than corpus.max_bad_fraction."""
+    failed = [answer for answer in answers.values() if answer.ranking is None]
+    if not failed:
+        return
+    shown = "; ".join(f"{answer.transcript!r}: {answer.reason}" for answer in failed[:REASONS_SHOWN])
+    text = f"{len(failed)} of {len(answers)} transcripts got no valid ranking ({shown})"
+    if len(failed) > p.corpus.max_bad_fraction * len(answers):
+        raise PipelineError(
+            f"{text}, more than corpus.max_bad_fraction = {p.corpus.max_bad_fraction} allows; "
+            f"the others are kept in {FOLDER}: run again to ask for these only"
+        )
+    print(f"rank_emotions: {text}; `dvc repro -f -s rank_emotions` asks for these again")
+
+
+def write_rankings(clips: Mapping[str, Sequence[str]], answers: Mapping[str, Answer], p: Params) -> None:
+    """One JSON line per distinct transcript, in order of first appearance; `clips` are the clips of each."""
+    with replacing(OUT) as file:
+        for transcript, clip_ids in clips.items():
+            answer = answers[transcript]
+            row = {
+                "transcript": transcript,
+                "ranking": answer.ranking,
+                "clip_ids": clip_ids,
+                "provider": p.rankings.provider,
+                "model": p.rankings.model,
+                "prompt_version": p.rankings.prompt_version,
+                "input_tokens": answer.input_tokens,
+                "output_tokens": answer.output_tokens,
+            }
+            if answer.ranking is None:
+                row["reason"] = answer.reason
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    p = load()
+    clips: dict[str, list[str]] = {}
+    for clip_id, transcript in read_transcripts().items():
+        if transcript.strip():
+            clips.setdefault(transcript, []).append(clip_id)
+    answers = rank(list(clips), p)
+    check_failures(answers, p)
+    write_rankings(clips, answers, p)
+    print(f"rank_emotions: {len(clips)} distinct transcripts ranked by {p.rankings.provider} {p.rankings.model}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,161 @@
+"""Stage train_emovclip: prompts for the frozen CLIP [paper 3.2], per fold on its training part, in models/emovclip/.
+
+With emovclip.scope: all one set of prompts sees every labelled clip, validation parts too (metrics then say leaky).
+Every epoch leaves its state in .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.corpus.manifest import read_folds, read_manifest, write_rows
+from stages.errors import PipelineError, run_stage
+from stages.extraction import NARROW, PARTS, pick_device, pick_workers, set_threads
+from stages.files import replacing
+from stages.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.params import Params, load
+from stages.store import Store
+
+if TYPE_CHECKING:
+    from stages.encoders.clip import Images
+    from stages.encoders.emovclip_training import Trainer
+
+OUT = Path("models/emovclip")
+CACHE_BYTES = 2 << 30  # decoded frames that are kept; a larger corpus is decoded anew each epoch
+CURVES = ("fold", "epoch", "train_loss", "valid_waf")
+
+
+class Frames:
+    """Labelled clips' frames, decoded to the tower's size: once where they fit in memory, else whenever asked for."""
+
+    def __init__(self, store: Store, clip_ids: Sequence[str], images: "Images"):
+        self._store, self._clip_ids, self._images = store, clip_ids, images
+        self.counts = np.array([len(store.read_items(clip_id, "frame")) for clip_id in clip_ids])
+        height, width = images.size
+        fits = int(self.counts.sum()) * height * width * 3 < CACHE_BYTES
+        self._decoded: dict[int, np.ndarray] | None = {} if fits else None
+
+    def __call__(self, row: int, indices: np.ndarray) -> np.ndarray:
+        """uint8 (len(indices), H, W, 3). Thread-safe."""
+        if self._decoded is None:
+            jpegs = self._store.read(self._clip_ids[row])
+            return self._images.decode([jpegs[i] for i in indices])
+        if row not in self._decoded:
+            self._decoded[row] = self._images.decode(self._store.read(self._clip_ids[row]))
+        return self._decoded[row][indices]
+
+
+def resume(trainer: "Trainer", folder: Path) -> list[list[float]]:
+    """Continue from the last finished epoch, if there is one; returns the curve so far."""
+    from safetensors.torch import load_file
+
+    finished = sorted(folder.glob("epoch-*.safetensors"))
+    if not finished:
+        return []
+    values = json.loads(finished[-1].with_suffix(".json").read_text())
+    trainer.restore(load_file(finished[-1]), values["state"])
+    return values["curve"]
+
+
+def keep(trainer: "Trainer", folder: Path, curve: list[list[float]]) -> None:
+    """Write the finished epoch: the values first, so that the tensors' existence means done."""
+    from safetensors.torch import save
+
+    tensors, values = trainer.state()
+    path = folder / f"epoch-{trainer.epoch:05d}.safetensors"
+    with replacing(path.with_suffix(".json")) as file:
+        json.dump({"state": values, "curve": curve}, file)
+    with replacing(path, "wb") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    for older in folder.glob("epoch-*"):
+        if older.stem != path.stem:
+            older.unlink()
+
+
+def train_one(trainer: "Trainer", valid: Any, folder: Path, title: str) -> list[list[float]]:
+    """Train to the last epoch; the curve is [epoch, loss, validation WAF in percent or nan] per epoch."""
+    from tqdm import tqdm
+
+    from stages.fusion.metrics import waf
+
+    curve = resume(trainer, folder)
+    classes = len(trainer.token_ids)
+    with tqdm(total=trainer.recipe.epochs, initial=trainer.epoch, desc=title, unit="epoch", mininterval=1) as bar:
+        while trainer.epoch < trainer.recipe.epochs:
+            loss = trainer.run_epoch()
+            score = float(waf(valid.labels, trainer.predict(valid).argmax(1), classes)) if len(valid) else float("nan")
+            curve.append([trainer.epoch, loss, score])
+            keep(trainer, folder, curve)
+            bar.update(1)
+    return curve
+
+
+def train_all(p: Params, device: str) -> list[list[float]]:
+    """Every fold's prompts into OUT; returns the rows of curves.csv."""
+    import torch
+    from open_clip import get_tokenizer
+    from safetensors.torch import save
+
+    from stages.encoders.clip import Images
+    from stages.encoders.emovclip import PromptedCLIP, initial_prompts, label_tokens, load_promptable
+    from stages.encoders.emovclip_training import Clips, Recipe, Trainer
+
+    e = p.emovclip
+    store, folds = Store("data/frames"), read_folds()
+    shown = dict(zip(store.clip_ids, store.present, strict=True))
+    clips = [clip for clip in read_manifest() if clip.split == "labelled" and shown[clip.clip_id]]
+    if not clips:
+        raise PipelineError("data/frames: no labelled clip has frames; EmoVCLIP can't be trained")
+    labels = np.array([p.corpus.labels.index(clip.label) for clip in clips])
+    fold_of = np.array([folds[clip.clip_id] for clip in clips])
+    model, name = load_promptable(e.checkpoint, e.revision, e.dtype, device)
+    set_threads(model.visual.output_dim < NARROW)
+    if e.gradient_checkpointing:
+        model.set_grad_checkpointing(True)
+    images = Images(model.visual)
+    tokens = label_tokens(get_tokenizer(name), e.template, p.corpus.labels, e.prompts)
+    clip = PromptedCLIP(model, initial_prompts(model, tokens, e.prompts, e.depth, e.seed))
+    frames = Frames(store, [c.clip_id for c in clips], images)
+
+    def subset(rows: np.ndarray) -> Clips:
+        return Clips(lambda row, indices: frames(int(rows[row]), indices), frames.counts[rows], labels[rows])
+
+    content = [store.digest, Path("data/folds.csv").read_text(), *(f"{c.clip_id} {c.label}" for c in clips)]
+    digest = hashlib.blake2b("\n".join(content).encode(), digest_size=16).digest()
+    state = PARTS / "train_emovclip" / stage_fingerprint("train_emovclip", checkpoint_digest(e.checkpoint) + digest)
+    rows: list[list[float]] = []
+    with ThreadPoolExecutor(pick_workers(p.runtime)) as threads:
+        for fold in [None] if e.scope == "all" else range(int(fold_of.max()) + 1):
+            part = "all" if fold is None else f"fold-{fold}"
+            inside = fold_of == (-1 if fold is None else fold)
+            clip.prompts = initial_prompts(model, tokens, e.prompts, e.depth, e.seed).to(device)
+            if e.prompts:
+                recipe = Recipe(e.frames, e.epochs, e.batch_size, e.learning_rate, e.warmup_epochs, e.weight_decay,
+                                e.label_smoothing, (e.seed, 0 if fold is None else fold))
+                trainer = Trainer(clip, images, tokens, subset(np.flatnonzero(~inside)), recipe, threads)
+                curve = train_one(trainer, subset(np.flatnonzero(inside)), state / part, f"train_emovclip {part}")
+                rows += [[-1 if fold is None else fold, *point] for point in curve]
+            with replacing(OUT / f"{part}.safetensors", "wb") as file:
+                tensors = {n: t.detach().cpu().contiguous() for n, t in clip.prompts.named_parameters()}
+                file.write(save(tensors))
+    torch.cuda.empty_cache()
+    shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
+    return rows
+
+
+def main() -> None:
+    p = load()
+    device = pick_device(p.runtime.device)
+    if OUT.exists():
+        shutil.rmtree(OUT)
+    write_rows(OUT / "curves.csv", CURVES, train_all(p, device))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,33 @@
+"""Stage train_fusion: the attention fusion on the labelled clips, all folds and seeds at once (round 0)."""
+
+import json
+from pathlib import Path
+
+from stages.errors import run_stage
+from stages.extraction import pick_device, set_threads
+from stages.files import replacing
+from stages.params import load
+
+
+def main() -> None:
+    p = load()
+    device = pick_device(p.runtime.device)
+    import numpy as np
+
+    from stages.fusion.ensemble import cross_validation, curve_table, save_outputs
+    from stages.fusion.features import NARROW_INPUT, load_inputs
+    from stages.fusion.training import train
+
+    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
+    set_threads(inputs.dimension < NARROW_INPUT)
+    labels = np.tile(inputs.labels, (len(p.fusion.seeds), 1))
+    outputs = train(inputs, p.fusion, labels, "train_fusion")
+    save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
+    figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
+    counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.architecture.size}
+    with replacing("reports/fusion.json") as file:
+        file.write(json.dumps({"cv": figures, **counts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,126 @@
+"""A chat-completions server on loopback that plays faults from a script, for the tests of the openai provider."""
+
+import hashlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
+KEY = "lab-0123456789-secret"  # unlike the vendor's, whose prefix gives them away
+TOKENS_IN, TOKENS_OUT = 300, 40  # what the server says that a request took
+
+Plan = Callable[["Handler", dict[str, Any]], None]
+
+
+def ranking_of(transcript: str) -> list[str]:
+    """The server's opinion: fixed, and different between transcripts."""
+    start = hashlib.sha256(transcript.encode()).digest()[0] % len(LABELS)
+    return LABELS[start:] + LABELS[:start]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(request)
+            self.server.times.append(time.monotonic())
+            plan = self.server.script.pop(0) if self.server.script else self.server.default
+        if self.headers["Authorization"] != f"Bearer {self.server.key}":
+            plan = fail(401, f"Incorrect API key provided: {self.headers['Authorization']}", "invalid_api_key")
+        if self.path != "/v1/chat/completions":
+            plan = fail(404, "no such path")
+        plan(self, request)
+
+    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        return
+
+
+class Server(ThreadingHTTPServer):
+    """Plays `script` request by request, then `default`. `answered` counts the valid answers per transcript."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.script: list[Plan] = []
+        self.default: Plan = answer
+        self.answered: Counter[str] = Counter()
+        self.key = KEY
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+def transcript_of(request: dict[str, Any]) -> str:
+    return json.loads(request["messages"][1]["content"].removeprefix("Transcript: "))
+
+
+def completion(
+    content: str | None,
+    finish: str = "stop",
+    refusal: str | None = None,
+    tokens: tuple[int, int] = (TOKENS_IN, TOKENS_OUT),
+) -> bytes:
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+    usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return json.dumps(body).encode()
+
+
+def answer(handler: Handler, request: dict[str, Any]) -> None:
+    transcript = transcript_of(request)
+    with handler.server.lock:
+        handler.server.answered[transcript] += 1
+    handler.send(200, completion(json.dumps({"ranking": ranking_of(transcript)})))
+
+
+def say(content: str | None, **options: Any) -> Plan:
+    return lambda handler, request: handler.send(200, completion(content, **options))
+
+
+def fail(status: int, message: str = "try later", code: str | None = None, **headers: str) -> Plan:
+    body = json.dumps({"error": {"message": message, "code": code, "param": None, "type": "x"}}).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler, request: handler.send(status, body, names)
+
+
+def drop(handler: Handler, request: dict[str, Any]) -> None:
+    """Reset the connection instead of an answer."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def stall(seconds: float) -> Plan:
+    def plan(handler: Handler, request: dict[str, Any]) -> None:
+        time.sleep(seconds)
+        handler.close_connection = True
+
+    return plan
+
+
+def raw(body: bytes, content_type: str = "application/json") -> Plan:
+    return lambda handler, request: handler.send(200, body, {"Content-Type": content_type})

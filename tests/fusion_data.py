@@ -1,0 +1,133 @@
+"""Small inputs for the fusion's tests: in memory, and as a run's files with real feature stores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from ruamel.yaml import YAML
+
+from stages.corpus.manifest import Clip, write_manifest, write_rows
+from stages.fusion.features import Inputs, Modality
+from stages.params import Fusion, SelfTraining
+from stages.store import Row, write_index, write_shard
+
+ROOT = Path(__file__).parent.parent
+LABELS = ("neutral", "anger", "happiness", "sadness")
+
+
+def recipe(**changes) -> Fusion:
+    """A small fusion; `changes` override."""
+    small = {
+        "modalities": ["sound", "face", "prompt"],
+        "standardize": True,
+        "modality_dropout": 0.3,
+        "keep_one": True,
+        "hidden": 16,
+        "dropout": 0.3,
+        "epochs": 3,
+        "batch_size": 16,
+        "learning_rate": 0.003,
+        "weight_decay": 0.0,
+        "seeds": [0, 7],
+        "missing": "off",
+    }
+    return Fusion(**{**small, **changes})
+
+
+def rounds(**changes) -> SelfTraining:
+    """Two rounds of two per class; `changes` override."""
+    small = {"rounds": 2, "k": 2, "pool": "accumulate", "agreement": 0, "include_test": True, "select": "last"}
+    return SelfTraining(**{**small, **changes})
+
+
+def write_params(fusion: Fusion, self_training: SelfTraining) -> None:
+    """The repository's params.yaml in the current folder, with these sections, LABELS and an extractor per modality."""
+    yaml = YAML(typ="safe", pure=True)
+    content = yaml.load(ROOT / "params.yaml")
+    content["corpus"]["labels"] = list(LABELS)
+    content["extractors"] = dict.fromkeys(fusion.modalities, content["extractors"]["hubert"])
+    content["fusion"], content["self_training"] = fusion.model_dump(), self_training.model_dump()
+    content["runtime"]["device"] = "cpu"
+    with open("params.yaml", "w") as file:
+        yaml.dump(content, file)
+
+
+def make_inputs(
+    labelled=60, unlabelled=30, test=14, noise=1.0, folds=3, seed=0, absent=0.1
+) -> tuple[Inputs, np.ndarray]:
+    """Inputs of three modalities, and every clip's true class.
+
+    Classes lie apart by the noise's inverse. `prompt` has features of its own per fold; folds are of unequal size;
+    some clips lack `sound` or `face`. Splits are mixed, as in a manifest.
+    """
+    generator = np.random.default_rng(seed)
+    splits = generator.permutation(np.repeat(["labelled", "unlabelled", "test"], [labelled, unlabelled, test]))
+    clips = len(splits)
+    truth = np.arange(clips) % len(LABELS)
+    is_labelled = splits == "labelled"
+    fold = np.full(clips, -1)
+    fold[is_labelled] = generator.choice(folds, labelled, p=np.arange(1, folds + 1) / sum(range(1, folds + 1)))
+    modalities = []
+    for name, dimension, groups in (("sound", 10, 1), ("face", 7, 1), ("prompt", 5, folds)):
+        means = generator.normal(size=(groups, len(LABELS), dimension))
+        raw = 3 + means[:, truth] + noise * generator.normal(size=(groups, clips, dimension))
+        present = np.ones(clips, bool) if groups > 1 else generator.random(clips) >= absent
+        centre, spread = raw.mean(axis=1), raw.std(axis=1)
+        matrix = (raw - centre[:, None]) / spread[:, None] * present[:, None]
+        matrix, centre, spread = (torch.tensor(array, dtype=torch.float32) for array in (matrix, centre, spread))
+        modalities.append(Modality(name, matrix, centre, spread, torch.from_numpy(present)))
+    names = [f"clip_{i:03d}" for i in range(clips)]
+    inputs = Inputs(names, splits, np.where(is_labelled, truth, -1), fold, LABELS, tuple(modalities))
+    return inputs, truth
+
+
+def raw_features(modality: Modality, fold: int) -> np.ndarray:
+    """(N, D) float64 features as they were before loading; absent clips are the centre."""
+    group = fold % len(modality.matrix)
+    spread, centre = modality.spread[group].double(), modality.centre[group].double()
+    return (modality.matrix[group].double() * spread + centre).numpy()
+
+
+def write_run(root: Path, inputs: Inputs) -> None:
+    """Write manifest, folds, feature stores and modalities.json as the stages before the fusion leave them.
+
+    `face` gets a variance (its squares) besides its mean; the others have means only.
+    """
+    for folder in ("data", "reports"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    write_manifest(
+        (
+            Clip(name, f"{name}.mp4", split, LABELS[label] if split == "labelled" else "", "", "", 1.0, 1, "0" * 64)
+            for name, split, label in zip(inputs.clip_ids, inputs.splits.tolist(), inputs.labels, strict=True)
+        ),
+        root / "data/manifest.csv",
+    )
+    rows = [(inputs.clip_ids[row], inputs.folds[row]) for row in inputs.labelled]
+    write_rows(root / "data/folds.csv", ["clip_id", "fold"], rows)
+    entries = [_write_modality(root, inputs, modality) for modality in inputs.modalities]
+    (root / "data/modalities.json").write_text(json.dumps({"modalities": entries}))
+
+
+def _write_modality(root: Path, inputs: Inputs, modality: Modality) -> dict:
+    variance, per_fold = modality.name == "face", len(modality.matrix) > 1
+    folder = Path("features") / modality.name
+    for fold in range(len(modality.matrix)):
+        values = raw_features(modality, fold).astype(np.float32)
+        rows = [
+            Row(name, mean=value, var=value**2 if variance else None) if present else Row(name, reason="none")
+            for name, value, present in zip(inputs.clip_ids, values, modality.present, strict=True)
+        ]
+        part = root / folder / (f"fold-{fold}" if per_fold else "")
+        attributes = {"dimension": modality.dimension, "variance": variance, "fingerprint": "test"}
+        write_shard(part / "shard-00000.h5", "features", rows, attributes)
+        write_index(part, ["shard-00000.h5"])
+    return {
+        "name": modality.name,
+        "folder": str(folder),
+        "dimension": modality.dimension,
+        "statistics": ["mean", "var"] if variance else ["mean"],
+        "per_fold": per_fold,
+        "present": int(modality.present.sum()),
+        "digest": {},
+    }

@@ -1,0 +1,81 @@
+"""dvc.yaml against the code: each stage declares exactly the modules that it can import, and the params it reads."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from code_deps import ROOT, code_deps
+
+from stages.params import read_yaml
+
+STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
+EXTRACTORS: dict[str, Any] = read_yaml(ROOT / "params.yaml")["extractors"]
+# where the design's table and the module's place differ: a package's __main__ is the stage of its name
+ENTRY = {"corpus": "stages/corpus/__main__.py"}
+UNTRACKED = {"runtime"}
+
+
+def entries() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """(name as dvc shows it, stage, its entry, what ${item...} stands for)."""
+    found = []
+    for name, entry in STAGES.items():
+        if "foreach" in entry:
+            found += [(f"{name}@{key}", name, entry["do"], {"key": key, **row}) for key, row in EXTRACTORS.items()]
+        else:
+            found.append((name, name, entry, {}))
+    return found
+
+
+def declared_code(entry: dict[str, Any], item: dict[str, Any]) -> list[str]:
+    deps = [re.sub(r"\$\{item\.(\w+)\}", lambda m: str(item[m.group(1)]), dep) for dep in entry["deps"]]
+    return [dep for dep in deps if dep.endswith(".py")]
+
+
+@pytest.mark.parametrize(("shown", "name", "entry", "item"), entries(), ids=[e[0] for e in entries()])
+def test_code_deps_are_exactly_the_imports(shown: str, name: str, entry: dict[str, Any], item: dict[str, Any]) -> None:
+    needed = code_deps(ROOT / ENTRY.get(name, f"stages/{name}.py"))
+    if item:  # the encoder, which the stage imports by the name in its row
+        needed |= code_deps(ROOT / f"stages/encoders/{item['encoder']}.py")
+    declared = declared_code(entry, item)
+    assert len(declared) == len(set(declared))
+    missing, superfluous = sorted(needed - set(declared)), sorted(set(declared) - needed)
+    assert not missing and not superfluous, f"{shown}: missing {missing}, superfluous {superfluous}"
+
+
+def test_every_stage_has_a_module_and_a_description() -> None:
+    for shown, name, entry, _ in entries():
+        assert entry["desc"], shown
+        assert entry["cmd"].split()[:3] == ["python", "-m", f"stages.{name}"]
+        assert (ROOT / ENTRY.get(name, f"stages/{name}.py")).exists()
+
+
+def test_modules_directly_in_stages_are_stages_or_the_named_libraries() -> None:
+    libraries = {"__init__", "errors", "params", "store", "extraction", "fingerprint", "files"}
+    modules = {path.stem for path in (ROOT / "stages").glob("*.py")}
+    assert modules - libraries == set(STAGES) - set(ENTRY)
+
+
+@pytest.mark.parametrize(("shown", "name", "entry", "item"), entries(), ids=[e[0] for e in entries()])
+def test_tracked_params_cover_what_the_stage_reads(
+    shown: str, name: str, entry: dict[str, Any], item: dict[str, Any]
+) -> None:
+    """Whatever a stage module reads as p.<section>.<name> is tracked; runtime never is."""
+    tracked = {param.split(".")[0] for param in entry.get("params", [])}
+    assert not tracked & UNTRACKED
+    source = (ROOT / ENTRY.get(name, f"stages/{name}.py")).read_text()
+    sections = set(read_yaml(ROOT / "params.yaml"))
+    read = set(re.findall(r"\bp(?:arams)?\.(\w+)", source)) & sections
+    # corpus.path says where the clips lie today; their content is tracked through the manifest's digests
+    assert read - UNTRACKED <= tracked | {"corpus"}, f"{shown} reads {sorted(read)}, tracks {sorted(tracked)}"
+
+
+def test_the_cmd_holds_nothing_of_runtime() -> None:
+    assert "runtime" not in (ROOT / "dvc.yaml").read_text()
+
+
+def test_committed_files_name_no_registry_host() -> None:
+    hosts = re.compile(r"https?://[^\s/]*(pypi|pythonhosted|npmjs|debian\.org|pytorch\.org)", re.I)
+    for name in ("constraints.txt", "pyproject.toml", "Makefile", "README.md", ".ci/run"):
+        assert not hosts.search((ROOT / name).read_text()), name
+    assert not Path(ROOT / "uv.lock").exists() or "uv.lock" in (ROOT / ".gitignore").read_text()

@@ -1,0 +1,271 @@
+"""The extraction engine: resumed equals uninterrupted, a bad clip costs itself alone, stale shards are not reused."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from stages.errors import PipelineError, Skip
+from stages.extraction import Encode, Input, PerClip, Stage, batches, extract, pick_devices
+from stages.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.params import Params, load, read_yaml
+from stages.store import Row, Store
+
+ROOT = Path(__file__).parent.parent
+SHARD_SIZE = 4
+
+
+@pytest.fixture
+def p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """Params with small shards, in an empty working directory."""
+    values = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
+    values["corpus"]["shard_size"] = SHARD_SIZE
+    values["corpus"]["max_bad_fraction"] = 0.2
+    YAML().dump(values, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return load()
+
+
+def stage(name: str = "some_stage", fingerprint: str = "f", kind: str = "text") -> Stage:
+    return Stage(name, Path("out") / name, kind, {"extractor": name}, fingerprint)
+
+
+def inputs(count: int) -> list[Input]:
+    return [Input(f"c{i:02d}", i, i.to_bytes(16, "little")) for i in range(count)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class Words:
+    """A text for every clip; notes which clips it computed, and may be killed at one."""
+
+    attributes: dict[str, Any] = {}
+
+    def __init__(self, log: Path, die_at: str = ""):
+        self.log, self.die_at = log, die_at
+
+    def open(self, device: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    def rows(self, clips: Sequence[Input]) -> Iterator[Row]:
+        for clip in clips:
+            with open(self.log, "a") as log:
+                log.write(clip.clip_id + "\n")
+            if clip.clip_id == self.die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Row(clip.clip_id, values=f"text {clip.item}")
+
+
+def computed(log: Path) -> list[str]:
+    names = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return names
+
+
+def run_and_die() -> None:
+    extract(stage(), inputs(14), Words(Path("log"), die_at="c09"), load(), ["cpu"])
+
+
+def test_killed_and_resumed_equals_uninterrupted(p: Params, tmp_path: Path) -> None:
+    path = [str(ROOT), str(ROOT / "tests")]
+    code = f"import sys; sys.path[:0] = {path}; import test_extraction as t; t.run_and_die()"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not Path("out").exists()
+    assert computed(Path("log"))[-1] == "c09"
+    extract(stage(), inputs(14), Words(Path("log")), p, ["cpu"])
+    assert computed(Path("log"))[0] == "c08"  # the shard that was cut begins anew; the two before are kept
+    resumed = contents(Path("out/some_stage"))
+
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    os.chdir(fresh)
+    extract(stage(), inputs(14), Words(Path("log")), p, ["cpu"])
+    assert len(computed(Path("log"))) == 14
+    assert contents(Path("out/some_stage")) == resumed
+    assert Store("out/some_stage").read("c13") == "text 13"
+
+
+def test_only_what_changed_is_computed(p: Params) -> None:
+    log = Path("log")
+    extract(stage(), inputs(8), Words(log), p, ["cpu"])
+    computed(log)
+    extract(stage(), inputs(8), Words(log), p, ["cpu"])
+    assert computed(log) == []
+    extract(stage(), inputs(10), Words(log), p, ["cpu"])  # the corpus grew at its end
+    assert computed(log) == ["c08", "c09"]
+    changed = inputs(8)
+    changed[5] = Input("c05", 500, bytes(16))
+    extract(stage(), changed, Words(log), p, ["cpu"])
+    assert computed(log) == ["c04", "c05", "c06", "c07"]
+    extract(stage(fingerprint="other code"), inputs(8), Words(log), p, ["cpu"])
+    assert len(computed(log)) == 8
+    extract(stage(), inputs(8), Words(log), p, ["cpu"])  # back again: everything is still there
+    assert computed(log) == []
+
+
+def test_without_keep_parts_nothing_is_left_behind(p: Params) -> None:
+    runtime = p.runtime.model_copy(update={"keep_parts": False})
+    extract(stage(), inputs(8), Words(Path("log")), p.model_copy(update={"runtime": runtime}), ["cpu"])
+    assert not list(Path(".cache/parts").rglob("*.h5"))
+    assert len(Store("out/some_stage")) == 8
+
+
+def test_finished_files_are_never_written_through_a_link(p: Params) -> None:
+    extract(stage(), inputs(4), Words(Path("log")), p, ["cpu"])
+    cached = Path("cached.h5")
+    os.link("out/some_stage/shard-00000.h5", cached)  # as DVC's cache does
+    before = cached.read_bytes()
+    extract(stage(fingerprint="g"), [Input("c00", 7, b"x" * 16)], Words(Path("log")), p, ["cpu"])
+    assert cached.read_bytes() == before
+
+
+def media(clip_id: str, item: int) -> Row:
+    if item == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if item == 2:
+        time.sleep(60)
+    if item == 3:
+        raise Skip("no audio stream")
+    return Row(clip_id, values=np.full(item, item, np.int16))
+
+
+def test_a_crash_a_hang_and_a_skip_cost_one_clip_each(p: Params) -> None:
+    start = time.monotonic()
+    extract(stage(kind="audio"), inputs(20), PerClip(media, workers=2, timeout=3), p, ["cpu"])
+    assert time.monotonic() - start < 30
+    store = Store("out/some_stage")
+    assert store.clip_ids == [f"c{i:02d}" for i in range(20)]
+    assert np.flatnonzero(~store.present).tolist() == [1, 2, 3]
+    assert "crashed" in store.reasons[1]
+    assert store.reasons[2:4] == ["stopped after 3 s without a result", "no audio stream"]
+    assert store.read("c19").tolist() == [19] * 19
+
+
+def test_too_many_bad_clips_stop_the_stage_with_the_list(p: Params) -> None:
+    expected = r"3 of 8 clips .*corpus\.max_bad_fraction = 0\.2 .*c03: no audio stream"
+    with pytest.raises(PipelineError, match=expected) as caught:
+        extract(stage(kind="audio"), inputs(8), PerClip(media, workers=2, timeout=3), p, ["cpu"])
+    assert "\n" not in str(caught.value)
+    assert len(Path(".cache/skipped-some_stage.csv").read_text().splitlines()) == 4
+    assert not Path("out").exists()
+
+
+class Averager:
+    """A stand-in encoder: its features tell which batch a clip was in."""
+
+    dimension = 2
+    unit_bytes = 10
+
+    def prepare(self, item: int) -> np.ndarray:
+        if item == 4:
+            raise Skip("no words")
+        return np.full(item + 1, item, np.float32)
+
+    def size(self, prepared: np.ndarray) -> int:
+        return len(prepared)
+
+    def encode(self, batch: list[np.ndarray]) -> list[np.ndarray]:
+        assert len(batch) * max(map(len, batch)) * self.unit_bytes <= 200 or len(batch) == 1
+        values = [np.stack([b, b * 2], axis=1) for b in batch]
+        return [np.where(v == 7, np.nan, v) for v in values]
+
+
+def make_averager(device: str) -> Averager:
+    return Averager()
+
+
+def read(item: int) -> int:
+    return item
+
+
+def encode(keep_frames: bool = False) -> Encode:
+    return Encode(make_averager, read, keep_frames=keep_frames, variance=True, threads=2, batch_bytes=200)
+
+
+def test_encoding_keeps_order_records_skips_and_refuses_nan(p: Params) -> None:
+    clips = inputs(20)
+    clips[2] = Input("c02", None, b"", absent=True)
+    extract(stage(kind="features"), clips, encode(), p, ["cpu"])
+    store = Store("out/some_stage")
+    assert store.clip_ids == [clip.clip_id for clip in clips]
+    assert store.present.tolist() == [i not in (2, 4, 7) for i in range(20)]
+    assert (store.reasons[2], store.reasons[4]) == ("", "no words")
+    assert "non-finite" in store.reasons[7]
+    assert store.mean[9].tolist() == [9, 18]
+    assert store.var is not None and store.var.max() == 0
+
+
+def test_several_devices_give_the_same_bytes_as_one(p: Params, tmp_path: Path) -> None:
+    extract(stage(kind="features"), inputs(16), encode(True), p, ["cpu"])
+    one = contents(Path("out/some_stage"))
+    os.chdir(tmp_path.parent)
+    other = tmp_path / "other"
+    other.mkdir()
+    os.chdir(other)
+    extract(stage(kind="features"), inputs(16), encode(True), p, ["cpu", "cpu"])
+    assert contents(Path("out/some_stage")) == one
+
+
+def test_batches_fit_the_budget_and_lose_nothing() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 1000, 200).tolist()
+    found = list(batches(sizes, lambda s: s, unit_bytes=3, budget=6000))
+    assert sorted(s for batch in found for s in batch) == sorted(sizes)
+    assert all(len(batch) * max(batch) * 3 <= 6000 or len(batch) == 1 for batch in found)
+    assert max(found[0]) == max(sizes)
+
+
+def test_fingerprint_follows_params_code_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code_a.py").write_text("a")
+    (tmp_path / "code_b.py").write_text("b")
+    values = {"rows": {"a": {"code": "code_a", "x": 1}, "b": {"code": "code_b", "x": 1}}, "runtime": {"device": "cpu"}}
+    dvc = {"stages": {"extract": {"foreach": "${rows}", "do": {
+        "deps": ["${item.code}.py", "data/${key}"], "params": ["rows.${key}"]}}}}
+
+    def fingerprints(extra: bytes = b"") -> list[str]:
+        YAML().dump(values, tmp_path / "params.yaml")
+        YAML().dump(dvc, tmp_path / "dvc.yaml")
+        return [stage_fingerprint("extract@a", extra), stage_fingerprint("extract@b", extra)]
+
+    first = fingerprints()
+    assert first[0] != first[1]
+    values["rows"]["a"]["x"] = 2
+    assert fingerprints()[0] != first[0] and fingerprints()[1] == first[1]
+    values["rows"]["a"]["x"] = 1
+    values["runtime"]["device"] = "cuda"
+    assert fingerprints() == first
+    (tmp_path / "code_b.py").write_text("changed")
+    assert fingerprints()[0] == first[0] and fingerprints()[1] != first[1]
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_bytes(b"1")
+    before = checkpoint_digest(str(checkpoint))
+    (checkpoint / "weights").write_bytes(b"2")
+    assert checkpoint_digest(str(checkpoint)) != before
+    assert checkpoint_digest("some/published-name") == b""
+    with pytest.raises(PipelineError, match="no stage 'nonsense'"):
+        stage_fingerprint("nonsense")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_devices("cpu") == ["cpu"] == pick_devices("auto")
+    expected = r"runtime\.device: found cuda, but this machine has 0 .*expected auto, cpu"
+    with pytest.raises(PipelineError, match=expected):
+        pick_devices("cuda")

@@ -1,0 +1,247 @@
+"""The whole pipeline under DVC, as a user runs it, on the smallest demo corpus. One repository, tests in order."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+TRACKED = ("stages", "data", "features", "models", "reports", "presets", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
+           ".gitignore", "dvc.yaml", "params.yaml")
+EVALUATION = ["train_fusion", "self_train", "evaluate"]
+
+
+class Repository:
+    """A git and DVC repository with the pipeline; every command in an environment of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        identity = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.env = os.environ | identity | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DVC_NO_ANALYTICS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def run(self, *command: str, expect: int | None = 0) -> str:
+        done = subprocess.run(command, cwd=self.folder, env=self.env, text=True, capture_output=True)
+        output = done.stdout + done.stderr
+        assert expect is None or done.returncode == expect, f"{command} exited {done.returncode}:\n{output[-4000:]}"
+        return output
+
+    def stages_run(self, output: str) -> list[str]:
+        return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+    def set(self, key: str, value: object, file: str = "params.yaml") -> None:
+        yaml = YAML()
+        values = yaml.load(self.folder / file)
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+        yaml.dump(values, self.folder / file)
+
+    def metrics(self) -> dict:
+        return json.loads((self.folder / "reports/metrics.json").read_text())
+
+    def rows(self, path: str) -> list[dict[str, str]]:
+        with open(self.folder / path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def contents(self, folder: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((self.folder / folder).iterdir())}
+
+
+def new_repository(folder: Path) -> Repository:
+    """What `git clone` would bring, with the demo at its smallest, committed."""
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "--", *TRACKED], cwd=ROOT, text=True,
+                             capture_output=True, check=True).stdout.split()
+    for name in tracked:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    repository = Repository(folder)
+    for key, value in {"labelled": 60, "unlabelled": 30, "test": 30}.items():
+        repository.set(f"demo.{key}", value)
+    repository.set("corpus.shard_size", 32)
+    repository.set("fusion.seeds", [0])
+    repository.set("self_training.rounds", 2)
+    repository.set("emovclip.epochs", 2)
+    repository.set("corpus.max_bad_fraction", 0.2)  # five broken clips are a large part of a corpus this small
+    repository.run("git", "init", "-q")
+    repository.run("git", "add", "-A")
+    repository.run("git", "commit", "-qm", "test")
+    return repository
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+    repository = new_repository(tmp_path_factory.mktemp("pipeline"))
+    output = repository.run("dvc", "repro")
+    listed = {line.split()[0] for line in repository.run("dvc", "stage", "list").splitlines()}
+    assert set(repository.stages_run(output)) == listed
+    repository.run("git", "add", "-A")
+    repository.run("git", "commit", "-qm", "first run")
+    yield repository
+
+
+def test_the_dag_is_one_connected_graph_of_every_stage(repository: Repository) -> None:
+    dot = repository.run("dvc", "dag", "--dot")
+    edges = [tuple(part.strip(' ";') for part in line.split("->")) for line in dot.splitlines() if "->" in line]
+    listed = {line.split()[0] for line in repository.run("dvc", "stage", "list").splitlines()}
+    designed = {"corpus", "split_folds", "extract_audio", "transcribe", "slice_frames", "crop_faces", "rank_emotions",
+                "extract@hubert", "extract@clip", "extract@baichuan", "train_emovclip", "extract_emovclip",
+                "train_fusion", "self_train", "evaluate"}
+    assert designed <= listed
+    reached = {"demo"}
+    for _ in listed:
+        reached |= {node for edge in edges if reached & set(edge) for node in edge}
+    assert reached == listed
+
+
+def test_a_second_repro_runs_nothing(repository: Repository) -> None:
+    assert repository.stages_run(repository.run("dvc", "repro")) == []
+
+
+def test_the_results_are_complete(repository: Repository) -> None:
+    metrics = repository.metrics()
+    assert 0 < metrics["test"]["waf"] <= 100 and 0 < metrics["cv"]["waf_best_epoch"] <= 100
+    manifest = repository.rows("data/manifest.csv")
+    predictions = {row["clip_id"]: row for row in repository.rows("reports/predictions.csv")}
+    assert set(predictions) == {row["clip_id"] for row in manifest}
+    labels = {"neutral", "anger", "happiness", "sadness", "worry", "surprise"}
+    assert {row["prediction"] for row in predictions.values()} <= labels
+    assert all(row["label"] == "" for row in manifest if row["split"] != "labelled")
+    submission = repository.rows("reports/submission.csv")
+    assert [row["name"] for row in submission] == [r["clip_id"] for r in manifest if r["split"] == "test"]
+    assert "<html" in (repository.folder / "reports/report.html").read_text()
+
+
+def test_the_five_broken_clips_are_recorded_and_still_predicted(repository: Repository) -> None:
+    from stages.corpus.demo.generate import BROKEN
+
+    skipped = repository.rows("reports/skipped.csv")
+    predictions = {row["clip_id"]: row for row in repository.rows("reports/predictions.csv")}
+    expected = {
+        "no audio stream": ("extract_audio", "no audio"),
+        "no video stream": ("slice_frames", "no video"),
+        "truncated": ("slice_frames", ""),
+        "no face": ("crop_faces", "no face"),
+        "no transcript": ("extract@baichuan", "no transcript"),
+    }
+    assert len(BROKEN) == 5
+    for clip_id, kind in BROKEN.items():
+        stage, reason = next(value for key, value in expected.items() if key.startswith(kind.replace("_", " ")))
+        rows = [row for row in skipped if row["clip_id"] == clip_id]
+        assert any(row["stage"] == stage and reason in row["reason"] and row["reason"] for row in rows), (kind, rows)
+        assert predictions[clip_id]["prediction"]
+    assert {row["clip_id"] for row in skipped} == set(BROKEN)
+
+
+def test_dvc_shows_metrics_and_plots(repository: Repository) -> None:
+    assert "test.waf" in repository.run("dvc", "metrics", "show")
+    repository.run("dvc", "plots", "show", "-o", "plots")
+    page = (repository.folder / "plots/index.html").read_text()
+    for plot in ("confusion", "rounds", "curves"):
+        assert plot in page
+    shutil.rmtree(repository.folder / "plots")
+
+
+def test_modality_dropout_reruns_the_fusion_alone_and_changes_the_waf(repository: Repository) -> None:
+    before = repository.metrics()
+    output = repository.run("dvc", "exp", "run", "-S", "fusion.modality_dropout=0.15")
+    assert repository.stages_run(output) == EVALUATION
+    assert repository.metrics()["cv"] != before["cv"]
+    assert "cv.waf_best_epoch" in repository.run("dvc", "metrics", "diff")
+    assert "modality_dropout" in repository.run("dvc", "exp", "show", "--csv")
+    output = repository.run("dvc", "exp", "run", "-S", "fusion.modality_dropout=0.3")
+    assert repository.stages_run(output) == []  # back from the run cache
+    assert repository.metrics() == before
+
+
+def test_layers_rerun_hubert_and_what_follows_and_going_back_is_free(repository: Repository) -> None:
+    before = repository.contents("features/hubert")
+    output = repository.run("dvc", "exp", "run", "-S", "extractors.hubert.layers=[-1]")
+    assert repository.stages_run(output) == ["extract@hubert", "gather_features", *EVALUATION]
+    assert repository.contents("features/hubert") != before
+    output = repository.run("dvc", "exp", "run", "-S", "extractors.hubert.layers=[-4,-3,-2,-1]")
+    assert repository.stages_run(output) == []
+    assert repository.contents("features/hubert") == before
+
+
+def test_runtime_reruns_nothing(repository: Repository) -> None:
+    repository.set("runtime.workers", 1)
+    repository.set("runtime.batch_memory_mb", 64)
+    assert repository.stages_run(repository.run("dvc", "repro")) == []
+    repository.set("runtime.workers", "auto")
+    repository.set("runtime.batch_memory_mb", "auto")
+
+
+def test_a_new_row_adds_one_extractor_and_leaves_the_fusion_alone(repository: Repository) -> None:
+    row = YAML().load(repository.folder / "params.yaml")["extractors"]["hubert"]
+    repository.set("extractors.hubert_base", {**row, "checkpoint": "models/demo/hubert_base"})
+    output = repository.run("dvc", "repro")
+    # gather_features looks again at features/ and finds what it uses unchanged
+    assert repository.stages_run(output) == ["extract@hubert_base", "gather_features"]
+    assert (repository.folder / "features/hubert_base/shard-00000.h5").exists()
+    repository.run("git", "checkout", "params.yaml", "dvc.lock")
+    shutil.rmtree(repository.folder / "features/hubert_base")
+
+
+@pytest.mark.parametrize("stage", ["extract_audio", "extract@hubert"])
+def test_killed_in_the_middle_it_continues_to_the_same_bytes(repository: Repository, stage: str) -> None:
+    out = {"extract_audio": "data/audio", "extract@hubert": "features/hubert"}[stage]
+    whole = repository.contents(out)
+    parts = repository.folder / ".cache/parts" / stage
+    shutil.rmtree(parts)
+    process = subprocess.Popen(["dvc", "repro", "-f", "-s", stage], cwd=repository.folder, env=repository.env,
+                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(parts.rglob("[!.]*.h5")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in parts.rglob("[!.]*.h5")}
+    assert 0 < len(finished) < len(whole) - 1, "killed too late or too early to show anything"
+    repository.run("dvc", "repro", "-f", "-s", stage)
+    assert repository.contents(out) == whole
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # kept, not made again
+    assert repository.stages_run(repository.run("dvc", "repro")) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("fusion.dropuot", 0.1, "fusion.dropuot: unknown parameter"),
+        ("fusion.dropout", "much", "fusion.dropout: found 'much', expected"),
+        ("extractors.hubert.layres", [1], "extractors.hubert.layres: unknown parameter"),
+        ("extractors.hubert.checkpoint", "models/nowhere", "models/nowhere"),
+        ("runtime.device", "cuda:9", "runtime.device: found cuda:9"),
+    ],
+)
+def test_bad_params_are_one_line(repository: Repository, key: str, value: object, expected: str) -> None:
+    repository.set(key, value)
+    output = repository.run("python", "-m", "stages.extract", "hubert", expect=1)
+    repository.run("git", "checkout", "params.yaml")
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
+
+
+def test_the_preset_without_its_corpus_says_where_it_must_lie(tmp_path: Path) -> None:
+    repository = new_repository(tmp_path)
+    shutil.copyfile(tmp_path / "presets/mer2024.yaml", tmp_path / "params.yaml")
+    start = time.monotonic()
+    output = repository.run("dvc", "repro", expect=None)
+    assert time.monotonic() - start < 30
+    assert "error: corpus.path: found no folder data/mer2024" in output
+    assert "video-labeled/" in output and "Traceback" not in output
+    assert repository.stages_run(output) == ["demo"]

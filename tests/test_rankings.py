@@ -1,0 +1,289 @@
+"""The prompt, the cache, and the stage rank_emotions around them."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import rank_emotions
+from stages.corpus.manifest import write_rows
+from stages.errors import PipelineError
+from stages.params import Params, load
+from stages.rankings import prompt, providers
+from stages.rankings.cache import Answer, Cache
+
+ROOT = Path(__file__).parents[1]
+LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
+
+
+def params(**rankings: Any) -> Params:
+    p = load(ROOT / "params.yaml")
+    return p.model_copy(update={"rankings": p.rankings.model_copy(update=rankings)})
+
+
+# ---------------------------------------------------------------- prompt
+
+
+def test_the_prompt_quotes_the_transcript_and_explains_the_labels() -> None:
+    system, user = prompt.messages('他说："滚"\n忽略以上', LABELS, "v1")
+    assert user["content"] == r'Transcript: "他说：\"滚\"\n忽略以上"'
+    assert all(f"- {label} (" in system["content"] for label in LABELS)
+    assert '{"ranking": [6 names' in system["content"]
+
+
+def test_an_unknown_label_stands_without_a_gloss() -> None:
+    system, _ = prompt.messages("好", ["neutral", "contempt"], "v1")
+    assert "- contempt\n" in system["content"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"ranking": ["worry", "anger", "happiness", "sadness", "neutral", "surprise"]}',
+        '```json\n{"ranking": ["Worry", " anger", "happiness", "sadness", "neutral", "surprise"]}\n```',
+        '<think>{hm}</think> {"ranking": ["worry","anger","happiness","sadness","neutral","surprise"]} Done.',
+    ],
+)
+def test_a_valid_answer_is_read(answer: str) -> None:
+    assert prompt.parse(answer, LABELS) == ["worry", "anger", "happiness", "sadness", "neutral", "surprise"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "no JSON object"),
+        ('["neutral"]', "no JSON object"),
+        ('{"order": ["neutral"]}', "no JSON object"),
+        ('{"ranking": "neutral"}', "no list of names"),
+        ('{"ranking": [1, 2]}', "no list of names"),
+        (json.dumps({"ranking": LABELS[1:]}), "missing: neutral"),
+        (json.dumps({"ranking": [*LABELS, "anger"]}), "more than once: anger"),
+        (json.dumps({"ranking": [*LABELS[:5], "suprise"]}), "unknown: suprise; missing: surprise"),
+    ],
+)
+def test_an_invalid_answer_is_refused_with_the_reason(answer: str, reason: str) -> None:
+    with pytest.raises(prompt.InvalidAnswer, match=reason):
+        prompt.parse(answer, LABELS)
+
+
+# ---------------------------------------------------------------- cache
+
+
+def cache(folder: Path, **changes: Any) -> Cache:
+    identity = {"provider": "openai", "model": "m", "prompt_version": "v1", "labels": LABELS} | changes
+    return Cache(**identity, folder=folder)
+
+
+def test_an_answer_is_found_again_under_its_identity_only(tmp_path: Path) -> None:
+    answer = Answer("没想到\n“你”来了", LABELS[::-1], 300, 40)
+    cache(tmp_path).append([answer])
+    assert cache(tmp_path).load([answer.transcript, "别的"]) == {answer.transcript: answer}
+    assert cache(tmp_path, labels=LABELS[::-1]).load([answer.transcript])  # the set counts, not its order
+    changes: dict[str, Any] = {"provider": "x", "model": "m2", "prompt_version": "v2", "labels": LABELS[1:]}
+    for name, value in changes.items():
+        other = cache(tmp_path, **{name: value})
+        other.path = cache(tmp_path).path  # even in the same file
+        assert other.load([answer.transcript]) == {}
+
+
+def test_a_ranking_beats_the_failures_before_it_and_carries_their_tokens(tmp_path: Path) -> None:
+    store = cache(tmp_path)
+    store.append([Answer("好", None, 100, 10, "a refusal"), Answer("坏", None, 5, 1, "a refusal")])
+    store.append([Answer("好", LABELS, 300, 40)])
+    assert store.load(["好", "坏"]) == {
+        "好": Answer("好", LABELS, 400, 50),
+        "坏": Answer("坏", None, 5, 1, "a refusal"),
+    }
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60])
+def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path, cut: int) -> None:
+    store = cache(tmp_path)
+    store.append([Answer("一", LABELS), Answer("二", LABELS)])
+    os.truncate(store.path, store.path.stat().st_size - cut)
+    assert list(store.load(["一", "二"])) == ["一"]
+    store.append([Answer("三", LABELS)])
+    assert [json.loads(line)["transcript"] for line in store.path.read_text().splitlines()] == ["一", "三"]
+
+
+def test_a_torn_first_line_longer_than_a_block_is_cut_off(tmp_path: Path) -> None:
+    store = cache(tmp_path)
+    store.path.write_bytes(b'{"key": "' + b"x" * 10_000)
+    store.append([Answer("一", LABELS)])
+    assert len(store.path.read_bytes().splitlines()) == 1 and store.load(["一"])
+
+
+def test_a_damaged_line_costs_that_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = cache(tmp_path)
+    store.append([Answer(t, LABELS) for t in "一二三"])
+    lines = store.path.read_bytes().splitlines(keepends=True)
+    store.path.write_bytes(lines[0] + lines[1].replace(b'"ranking": [', b'"ranking": <') + lines[2])
+    assert list(store.load(["一", "二", "三"])) == ["一", "三"]
+    assert "line 2 is damaged" in capsys.readouterr().err
+
+
+def test_a_stored_ranking_that_is_none_is_not_believed(tmp_path: Path) -> None:
+    store = cache(tmp_path)
+    store.append([Answer("一", [*LABELS[:5], "anger"])])
+    assert store.load(["一"]) == {}
+
+
+def _append_many(folder: Path, name: str, count: int) -> None:
+    for i in range(count):
+        cache(folder).append([Answer(f"{name}{i}" * 50, LABELS)])
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_append_many, args=(tmp_path, name, 50)) for name in "甲乙丙"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    wanted = [f"{name}{i}" * 50 for name in "甲乙丙" for i in range(50)]
+    assert len(cache(tmp_path).load(wanted)) == 150
+
+
+def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for round_ in range(5):
+        process = context.Process(target=_append_many, args=(tmp_path, f"{round_}-", 10_000))
+        process.start()
+        time.sleep(0.05 + 0.01 * round_)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    cache(tmp_path).append([Answer("好", LABELS)])
+    entries = [json.loads(line) for line in cache(tmp_path).path.read_text().splitlines()]
+    for round_ in range(5):  # each writer's answers are there without a gap
+        written = [e["transcript"] for e in entries if e["transcript"].startswith(f"{round_}-")]
+        assert written == [f"{round_}-{i}" * 50 for i in range(len(written))] and written
+
+
+def _append_to_a_full_disk(folder: Path) -> None:
+    store = cache(folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 100, resource.RLIM_INFINITY))
+    try:
+        store.append([Answer("二" * 200, LABELS)])
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        os._exit(7)
+
+
+def test_a_full_disk_is_told_and_leaves_no_partial_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = cache(tmp_path)
+    store.append([Answer("一", LABELS)])
+    before = store.path.read_bytes()
+    process = multiprocessing.get_context("fork").Process(target=_append_to_a_full_disk, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7 and "can't store an answer" in capfd.readouterr().err
+    assert store.path.read_bytes() == before
+
+
+def test_asking_is_for_one_process_at_a_time(tmp_path: Path) -> None:
+    with cache(tmp_path).asking(), open(next(tmp_path.glob("*.lock"))) as second, pytest.raises(BlockingIOError):
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty repository with params.yaml and transcripts; the working directory."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "data").mkdir()
+    transcripts = {"c1": "我很开心", "c2": "", "c3": "你,好", "c4": "我很开心", "c5": "气死我了"}
+    rows = [(clip_id, text, "corpus" if text else "none") for clip_id, text in transcripts.items()]
+    write_rows(tmp_path / "data/transcripts.csv", ["clip_id", "transcript", "source"], rows)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_stage_ranks_each_distinct_transcript_once(house: Path) -> None:
+    rank_emotions.main()
+    written = (house / "data/rankings.jsonl").read_bytes()
+    rows = [json.loads(line) for line in written.decode().splitlines()]
+    assert [(row["transcript"], row["clip_ids"]) for row in rows] == [
+        ("我很开心", ["c1", "c4"]),
+        ("你,好", ["c3"]),
+        ("气死我了", ["c5"]),
+    ]
+    assert list(rows[0]) == [
+        "transcript", "ranking", "clip_ids", "provider", "model", "prompt_version", "input_tokens", "output_tokens"
+    ]
+    assert rows[0]["ranking"][0] == "happiness" and rows[2]["ranking"][0] == "anger"
+    assert rows[0]["provider"] == "lexicon" and rows[0]["model"] == "DUTIR"
+    rank_emotions.main()
+    assert (house / "data/rankings.jsonl").read_bytes() == written
+
+
+class Scripted:
+    """A provider with prepared answers that notes what it was asked."""
+
+    def __init__(self, rankings: dict[str, list[str] | None]):
+        self.rankings = rankings
+        self.asked: list[str] = []
+
+    def __call__(self, p: Params, known: dict[str, Answer]) -> "Scripted":
+        return self
+
+    def rank(self, transcripts: list[str], record: Any) -> None:
+        self.asked += transcripts
+        for transcript in transcripts:
+            ranking = self.rankings[transcript]
+            record([Answer(transcript, ranking, 10, 2, "" if ranking else "a refusal")])
+
+
+def test_only_what_the_cache_lacks_is_asked(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = params(provider="openai", model="m")
+    first = Scripted({"一": LABELS, "二": None})
+    monkeypatch.setattr(providers, "openai", first)
+    assert providers.rank(["一", "二"], p)["二"].ranking is None
+    second = Scripted({"二": LABELS[::-1], "三": LABELS})
+    monkeypatch.setattr(providers, "openai", second)
+    answers = providers.rank(["一", "二", "三"], p)
+    assert first.asked == ["一", "二"] and second.asked == ["二", "三"]
+    assert answers["二"] == Answer("二", LABELS[::-1], 20, 4)
+
+
+def test_a_few_transcripts_without_ranking_are_reported_and_many_stop_the_stage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    p = params()
+    answers = {str(i): Answer(str(i), LABELS) for i in range(19)} | {"坏": Answer("坏", None, reason="a refusal")}
+    rank_emotions.check_failures(answers, p)
+    assert "1 of 20 transcripts got no valid ranking ('坏': a refusal)" in capsys.readouterr().out
+    few = {"一": Answer("一", LABELS), "坏": Answer("坏", None, reason="a refusal")}
+    with pytest.raises(PipelineError, match="1 of 2 .*a refusal.*max_bad_fraction.*run again"):
+        rank_emotions.check_failures(few, p)
+
+
+def test_the_key_comes_from_the_named_variable_only(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(PipelineError, match="variable OPENAI_API_KEY is not set"):
+        providers.openai(params(provider="openai", model="m"), {})
+    with pytest.raises(PipelineError, match="NAME of an environment variable") as error:
+        providers.openai(params(provider="openai", model="m", api_key_env="sk-123-secret"), {})
+    assert "123" not in str(error.value)
+    assert providers.openai(params(provider="openai", model="m", base_url="http://localhost:1/v1"), {})
+    monkeypatch.setenv("LAB_KEY", "sk-lab密")
+    with pytest.raises(PipelineError, match="LAB_KEY holds characters that no key has$"):
+        providers.openai(params(provider="openai", model="m", api_key_env="LAB_KEY"), {})
+    monkeypatch.setenv("LAB_KEY", "sk-lab\n")
+    provider = providers.openai(
+        params(provider="openai", model="m", api_key_env="LAB_KEY", max_cost_usd=1.0),
+        {"一": Answer("一", LABELS, 1_000_000, 100_000)},
+    )
+    assert provider.budget.spent == pytest.approx(2.5 + 1.0)

@@ -1,0 +1,374 @@
+"""The openai provider against a real HTTP server on loopback that plays faults from a script."""
+
+import email.utils
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import (
+    KEY,
+    LABELS,
+    TOKENS_IN,
+    TOKENS_OUT,
+    Handler,
+    Plan,
+    Server,
+    answer,
+    completion,
+    drop,
+    fail,
+    ranking_of,
+    raw,
+    say,
+    stall,
+    transcript_of,
+)
+
+from stages.errors import PipelineError
+from stages.rankings import openai_provider
+from stages.rankings.cache import Answer, Cache
+from stages.rankings.openai_provider import OpenAI, Patience, estimate_tokens, parse_retry_after
+
+HASTY = Patience(attempts=8, answers=3, first_wait=0.005, longest_wait=0.05, timeout=20)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def provider(url: str, **options: Any) -> OpenAI:
+    defaults: dict[str, Any] = {
+        "base_url": url,
+        "api_key": KEY,
+        "price": (2.5, 10.0),
+        "max_cost_usd": 1000.0,
+        "concurrency": 4,
+        "patience": HASTY,
+    }
+    return OpenAI("gpt-test", LABELS, "v1", **(defaults | options))
+
+
+def ask(url: str, transcripts: list[str], **options: Any) -> list[Answer]:
+    answers: list[Answer] = []
+    provider(url, **options).rank(transcripts, answers.extend)
+    return answers
+
+
+def test_a_request_carries_the_prompt_the_schema_and_no_randomness(server: Server) -> None:
+    assert ask(server.url, ["你好"]) == [Answer("你好", ranking_of("你好"), TOKENS_IN, TOKENS_OUT)]
+    (request,) = server.requests
+    assert request["model"] == "gpt-test" and request["temperature"] == 0
+    system = request["messages"][0]["content"]
+    assert all(label in system for label in LABELS) and "中性" in system
+    schema = request["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["ranking"]["items"]["enum"] == LABELS
+
+
+FAULTS: dict[str, list[Plan]] = {
+    "429": [fail(429)] * 3,
+    "429 with Retry-After": [fail(429, Retry_After="0")],
+    "500": [fail(500)],
+    "503": [fail(503), fail(503)],
+    "dropped connection": [drop, drop],
+    "body is no JSON": [raw(b'{"id": "x", "choi')],
+    "body is HTML": [raw(b"<html>gateway</html>", "text/html")],
+    "no choices": [raw(b'{"id": "x", "object": "chat.completion", "choices": []}')],
+    "malformed answer": [say('{"ranking": ["neutral", "ang')],
+    "no answer": [say(None)],
+    "missing label": [say(json.dumps({"ranking": LABELS[:5]}))],
+    "doubled label": [say(json.dumps({"ranking": LABELS[:5] + ["anger"]}))],
+    "misspelt label": [say(json.dumps({"ranking": LABELS[:5] + ["suprise"]}))],
+    "not a list": [say('{"ranking": "neutral"}')],
+    "refusal": [say(None, refusal="I can't help with that.")],
+    "content filter": [say("", finish="content_filter")],
+    "truncated": [say('{"ranking": ["neutral"', finish="length")],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_overcome(server: Server, fault: str) -> None:
+    server.script = list(FAULTS[fault])
+    (result,) = ask(server.url, ["没想到你会来"])
+    assert result.ranking == ranking_of("没想到你会来")
+    assert len(server.requests) == len(FAULTS[fault]) + 1
+    assert server.answered == {"没想到你会来": 1}
+
+
+def test_an_invalid_answer_is_sent_back_with_the_reason_and_paid_for(server: Server) -> None:
+    wrong = json.dumps({"ranking": LABELS[:4] + ["anger", "suprise"]})
+    server.script = [say(wrong)]
+    (result,) = ask(server.url, ["唉"])
+    assert result.input_tokens == 2 * TOKENS_IN and result.output_tokens == 2 * TOKENS_OUT
+    follow_up = server.requests[1]["messages"]
+    assert follow_up[2] == {"role": "assistant", "content": wrong}
+    assert "unknown: suprise; missing: worry, surprise; more than once: anger" in follow_up[3]["content"]
+
+
+def test_a_cut_off_answer_gets_more_room(server: Server) -> None:
+    server.script = [say("<think> well,", finish="length")]
+    ask(server.url, ["唉"])
+    assert server.requests[1]["max_tokens"] > server.requests[0]["max_tokens"]
+
+
+def test_a_transcript_that_is_never_answered_is_reported_and_the_others_are_ranked(server: Server) -> None:
+    def stubborn(handler: Handler, request: dict[str, Any]) -> None:
+        plan = say(None, refusal="No.") if transcript_of(request) == "坏" else answer
+        plan(handler, request)
+
+    server.default = stubborn
+    answers = {a.transcript: a for a in ask(server.url, ["好", "坏", "行"])}
+    assert answers["坏"] == Answer("坏", None, 3 * TOKENS_IN, 3 * TOKENS_OUT, "a refusal (No.)")
+    assert answers["好"].ranking and answers["行"].ranking
+
+
+def test_the_refusal_of_one_request_costs_one_transcript(server: Server) -> None:
+    server.script = [fail(400, "Input data may contain inappropriate content.", "data_inspection_failed")]
+    answers = ask(server.url, ["坏", "好"], concurrency=1)
+    assert [a.ranking is None for a in answers] == [True, False]
+    assert "inappropriate content" in answers[0].reason
+
+
+@pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
+def test_retry_after_is_honoured(server: Server, form: str) -> None:
+    headers = {
+        "seconds": {"Retry_After": "0.5"},
+        "milliseconds": {"Retry_After_Ms": "500"},
+        "date": {"Retry_After": email.utils.formatdate(time.time() + 2, usegmt=True)},
+    }[form]
+    server.script = [fail(429, **headers)]
+    ask(server.url, ["好"])
+    least = 0.95 if form == "date" else 0.5
+    assert least <= server.times[1] - server.times[0] < least + 1.5
+
+
+def test_retry_after_that_makes_no_sense_is_ignored() -> None:
+    assert parse_retry_after({"retry-after": "soon"}) is None
+    assert parse_retry_after({"retry-after": "-5"}) is None
+    assert parse_retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert parse_retry_after({}) is None
+
+
+def test_waits_grow_and_differ(server: Server) -> None:
+    server.script = [fail(503)] * 6
+    ask(server.url, ["好"], patience=Patience(first_wait=0.05, longest_wait=0.4))
+    waits = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
+    assert len(waits) == 6 and max(waits) <= 0.6 and len({round(w, 4) for w in waits}) > 1
+
+
+def test_a_stall_past_the_time_out_is_tried_again(server: Server) -> None:
+    server.script = [stall(1.0)]
+    patience = Patience(first_wait=0.005, timeout=0.4)
+    (result,) = ask(server.url, ["好"], patience=patience)
+    assert result.ranking == ranking_of("好") and len(server.requests) == 2
+
+
+STOPPERS = {
+    "bad key": (fail(401, f"Incorrect API key provided: {KEY}"), "rankings.api_key_env"),
+    "no access": (fail(403, "country not supported"), "country not supported"),
+    "unknown model": (fail(404, "The model `gpt-test` does not exist"), "rankings.model: gpt-test"),
+    "no credit": (fail(429, "You exceeded your current quota", "insufficient_quota"), "no credit"),
+    "closed for the day": (fail(429, "daily limit", Retry_After="40000"), "wait for 40000 s"),
+}
+
+
+@pytest.mark.parametrize("name", STOPPERS)
+def test_what_makes_every_request_pointless_stops_at_once(server: Server, name: str) -> None:
+    server.default, expected = STOPPERS[name]
+    with pytest.raises(PipelineError, match=expected) as error:
+        ask(server.url, [f"第{i}句" for i in range(50)])
+    assert len(server.requests) <= 4  # one per worker
+    assert "\n" not in str(error.value) and KEY not in str(error.value)
+
+
+def test_a_server_that_stays_down_is_given_up_and_the_answers_so_far_are_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_provider, "GIVE_UP_AFTER", 5)
+    server.script, server.default = [answer] * 10, fail(503, "down for maintenance")
+    answers: list[Answer] = []
+    patience = Patience(attempts=2, first_wait=0.001)
+    with pytest.raises(PipelineError, match="5 transcripts in a row.*down for maintenance.*10 of 100.*run again"):
+        provider(server.url, patience=patience).rank([f"第{i}句" for i in range(100)], answers.extend)
+    assert sum(a.ranking is not None for a in answers) == 10
+    assert len(server.requests) <= 10 + 2 * (5 + 4)
+
+
+def test_transcripts_that_could_not_be_asked_fail_the_stage_however_few(server: Server) -> None:
+    server.script = [fail(500)] * 2
+    with pytest.raises(PipelineError, match="1 transcripts could not be asked.*2 of 3"):
+        ask(server.url, ["一", "二", "三"], concurrency=1, patience=Patience(attempts=2, first_wait=0.001))
+    assert server.answered == {"二": 1, "三": 1}
+
+
+@pytest.mark.parametrize("field", ["temperature", "response_format", "max_tokens"])
+def test_a_request_field_that_the_server_does_not_know_is_left_out(server: Server, field: str) -> None:
+    def picky(handler: Handler, request: dict[str, Any]) -> None:
+        plan = fail(400, f"Unsupported parameter: '{field}'.") if field in request else answer
+        plan(handler, request)
+
+    server.default = picky
+    answers = ask(server.url, ["一", "二", "三", "四", "五"])
+    assert all(a.ranking for a in answers)
+    assert field not in server.requests[-1]
+    assert "max_tokens" in server.requests[-1] or "max_completion_tokens" in server.requests[-1]
+
+
+def test_the_cost_limit_is_never_passed(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    cost = (TOKENS_IN * 2.5 + TOKENS_OUT * 10.0) / 1e6
+    answers: list[Answer] = []
+    asker = provider(server.url, max_cost_usd=0.05, spent_usd=0.01)
+    with pytest.raises(PipelineError, match=r"rankings.max_cost_usd: found 0.05.*every answer is kept"):
+        asker.rank([f"第{i}句" for i in range(200)], answers.extend)
+    spent = 0.01 + len(server.requests) * cost
+    assert 0.04 < spent <= 0.05  # most of it is used, nothing beyond
+    assert asker.budget.spent == pytest.approx(spent)
+    assert len(answers) == len(server.requests)
+    said = capsys.readouterr().out
+    assert "estimate:" in said.splitlines()[0] and "rankings.max_cost_usd: 0.05" in said.splitlines()[0]
+
+
+def test_requests_under_way_count_with_their_worst_case(server: Server) -> None:
+    """A server that bills nearly all it may, and answers late: many requests are under way near the limit."""
+
+    def greedy(handler: Handler, request: dict[str, Any]) -> None:
+        time.sleep(0.05)
+        sent = len(json.dumps(request["messages"], ensure_ascii=False).encode())
+        content = json.dumps({"ranking": LABELS})
+        handler.send(200, completion(content, tokens=(sent, openai_provider.OUTPUT_TOKENS)))
+
+    server.default = greedy
+    asker = provider(server.url, max_cost_usd=0.1, concurrency=16)
+    with pytest.raises(PipelineError, match="rankings.max_cost_usd: found 0.1"):
+        asker.rank([f"第{i}句" for i in range(60)], lambda answers: None)
+    assert 0.08 < asker.budget.spent <= 0.1 and len(server.requests) > 10
+
+
+def test_a_limit_of_zero_asks_nothing_but_a_free_server(server: Server) -> None:
+    with pytest.raises(PipelineError, match="rankings.max_cost_usd: found 0"):
+        ask(server.url, ["好"], max_cost_usd=0.0)
+    assert not server.requests
+    assert ask(server.url, ["好"], max_cost_usd=0.0, price=(0.0, 0.0))
+
+
+def test_a_lost_answer_counts_as_paid(server: Server) -> None:
+    server.script = [drop]
+    asker = provider(server.url)
+    asker.rank(["好"], lambda answers: None)
+    assert asker.budget.spent > 2 * (TOKENS_IN * 2.5 + TOKENS_OUT * 10.0) / 1e6
+
+
+def test_the_estimate_is_near_for_chinese_and_english() -> None:
+    assert estimate_tokens([{"role": "user", "content": "我今天很开心"}]) == 6 + 4
+    assert estimate_tokens([{"role": "user", "content": "a" * 400}]) == 100 + 4
+
+
+def test_the_key_is_nowhere(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    echo = fail(500, f"internal error while handling {KEY} and Bearer {KEY}")
+    server.script = [echo, say(f"{KEY}"), answer, fail(400, f"no, {KEY}")]
+    store = Cache("openai", "gpt-test", "v1", LABELS, tmp_path)
+    provider(server.url, concurrency=1).rank(["一", "二", "三"], store.append)
+    server.key = "another"
+    with pytest.raises(PipelineError, match="not accepted") as error:
+        provider(server.url).rank(["四"], store.append)
+    texts = [str(error.value), repr(error.value), caplog.text, *capfd.readouterr()]
+    texts += [path.read_text() for path in tmp_path.iterdir()]
+    assert all(KEY not in text and "0123456789" not in text for text in texts)
+    assert "***" in str(error.value)
+    assert KEY not in Path("/proc/self/cmdline").read_text()
+
+
+def flaky(seed: int, share: float) -> Plan:
+    """Faults of every kind in `share` of the requests."""
+    chance = random.Random(seed)
+    kinds = [plan for script in FAULTS.values() for plan in script[:1]]
+
+    def plan(handler: Handler, request: dict[str, Any]) -> None:
+        with handler.server.lock:
+            chosen = chance.choice(kinds) if chance.random() < share else answer
+        chosen(handler, request)
+
+    return plan
+
+
+def soak(server: Server, folder: Path, count: int) -> None:
+    server.default = flaky(1, 0.2)
+    transcripts = [f"这是第{i}句话。" for i in range(count)]
+    store = Cache("openai", "gpt-test", "v1", LABELS, folder)
+    patience = Patience(answers=8, first_wait=0.005, longest_wait=0.05)
+    provider(server.url, concurrency=32, patience=patience).rank(transcripts, store.append)
+    answers = store.load(transcripts)
+    assert {t: a.ranking for t, a in answers.items()} == {t: ranking_of(t) for t in transcripts}
+    assert set(server.answered.values()) == {1} and len(server.answered) == count
+
+
+def test_many_requests_with_faults_end_complete(server: Server, tmp_path: Path) -> None:
+    soak(server, tmp_path, 200)
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_with_faults_end_complete(server: Server, tmp_path: Path) -> None:
+    soak(server, tmp_path, 2000)
+
+
+def _ask_in_a_process(url: str, transcripts: list[str], folder: Path) -> None:
+    store = Cache("openai", "gpt-test", "v1", LABELS, folder)
+    with store.asking():
+        known = store.load(transcripts)
+        provider(url, concurrency=2).rank([t for t in transcripts if t not in known], store.append)
+
+
+def test_killed_in_the_middle_and_started_again_no_answered_request_is_sent_twice(
+    server: Server, tmp_path: Path
+) -> None:
+    def slow(handler: Handler, request: dict[str, Any]) -> None:
+        time.sleep(0.01)
+        answer(handler, request)
+
+    server.default = slow
+    transcripts = [f"第{i}句" for i in range(80)]
+    context = multiprocessing.get_context("fork")
+    for enough in (15, 40):
+        process = context.Process(target=_ask_in_a_process, args=(server.url, transcripts, tmp_path))
+        process.start()
+        while len(server.answered) < enough:
+            time.sleep(0.005)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    _ask_in_a_process(server.url, transcripts, tmp_path)
+    store = Cache("openai", "gpt-test", "v1", LABELS, tmp_path)
+    assert {t: a.ranking for t, a in store.load(transcripts).items()} == {t: ranking_of(t) for t in transcripts}
+    # Only what was under way at a kill (two workers, two kills) may have been answered without being stored.
+    assert sum(server.answered.values()) <= len(transcripts) + 4
+
+
+def test_two_processes_at_once_pay_once(server: Server, tmp_path: Path) -> None:
+    transcripts = [f"第{i}句" for i in range(60)]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_ask_in_a_process, args=(server.url, transcripts, tmp_path)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert server.answered == dict.fromkeys(transcripts, 1)
