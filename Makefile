@@ -15,7 +15,7 @@ demo: $(READY)
 	@echo "Report: $(CURDIR)/reports/report.html"
 
 test: $(READY)
-	pytest -q -n auto
+	pytest -q -n auto --dist loadfile -m "not slow"
 
 lint: $(READY)
 	ruff check .

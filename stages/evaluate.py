@@ -32,7 +32,7 @@ def main() -> None:
     headline = figures.headline(run, p.evaluate)
     predictions = figures.prediction_table(run)
     robustness = robustness_table(run, p) if p.fusion.missing == "report" else None
-    tables = {
+    tables: dict[str | Path, pd.DataFrame] = {
         "reports/predictions.csv": predictions.round(6),
         "reports/submission.csv": figures.submission_table(predictions),
         PLOTS / "confusion.csv": figures.confusion_table(run, predictions)[1],

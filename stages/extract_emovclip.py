@@ -5,9 +5,12 @@ store, features/emovclip/ itself. A clip's feature is the mean of its frames' fe
 """
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Encode, Encoder, Stage, StoreReader, extract, pick_devices, pick_workers, store_inputs
@@ -16,13 +19,41 @@ from stages.params import load
 
 PROMPTS = Path("models/emovclip")
 OUT = Path("features/emovclip")
+KEPT_BYTES = 2 << 30
 
 
-def make_encoder(device: str, **config: Any) -> Encoder:
+class FromClipId:
+    """An encoder that is fed clip ids: what it prepared for one fold serves the next, as far as KEPT_BYTES go.
+
+    Decoding a frame costs more than a small tower needs for it, and every fold wants the same frames.
+    """
+
+    def __init__(self, encoder: Encoder, read: Callable[[str], Any], kept: dict[str, np.ndarray]):
+        self.dimension, self.unit_bytes = encoder.dimension, encoder.unit_bytes
+        self.size, self.encode = encoder.size, encoder.encode
+        self._prepare, self._read, self._kept = encoder.prepare, read, kept
+        self._room = KEPT_BYTES - sum(prepared.nbytes for prepared in kept.values())
+
+    def prepare(self, clip_id: str) -> np.ndarray:
+        """The clip's frames as the encoder takes them. Skip where it can't use them. Thread-safe."""
+        if clip_id not in self._kept:
+            prepared = self._prepare(self._read(clip_id))
+            self._room -= prepared.nbytes
+            if self._room < 0:
+                return prepared
+            self._kept[clip_id] = prepared
+        return self._kept[clip_id]
+
+
+def make_encoder(device: str, kept: dict[str, np.ndarray], **config: Any) -> Encoder:
     """EmoVCLIP's image tower with one fold's prompts."""
     from stages.encoders import emovclip
 
-    return emovclip.Encoder(emovclip.Config(**config), device)
+    return FromClipId(emovclip.Encoder(emovclip.Config(**config), device), StoreReader("data/frames"), kept)
+
+
+def clip_itself(clip_id: str) -> str:
+    return clip_id
 
 
 def main() -> None:
@@ -32,6 +63,7 @@ def main() -> None:
     if not names:
         raise PipelineError(f"{PROMPTS}: no prompts found; make them with: dvc repro train_emovclip")
     inputs = store_inputs("data/frames")
+    kept: dict[str, np.ndarray] = {}
     memory = p.runtime.batch_memory_mb
     if OUT.exists():
         shutil.rmtree(OUT)
@@ -39,8 +71,8 @@ def main() -> None:
         prompts = PROMPTS / f"{name}.safetensors"
         config: dict[str, Any] = {"checkpoint": e.checkpoint, "revision": e.revision, "dtype": e.dtype}
         work = Encode(
-            partial(make_encoder, **config, prompts=str(prompts)),
-            StoreReader("data/frames"),
+            partial(make_encoder, kept=kept, **config, prompts=str(prompts)),
+            clip_itself,
             keep_frames=e.keep_frames,
             variance=False,
             threads=pick_workers(p.runtime),

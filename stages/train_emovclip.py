@@ -51,47 +51,41 @@ class Frames:
         return self._decoded[row][indices]
 
 
-def resume(trainer: "Trainer", folder: Path) -> list[list[float]]:
+def resume(trainer: "Trainer", path: Path) -> list[list[float]]:
     """Continue from the last finished epoch, if there is one; returns the curve so far."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    finished = sorted(folder.glob("epoch-*.safetensors"))
-    if not finished:
+    if not path.exists():
         return []
-    values = json.loads(finished[-1].with_suffix(".json").read_text())
-    trainer.restore(load_file(finished[-1]), values["state"])
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["values"])
+        trainer.restore({name: file.get_tensor(name) for name in file.keys()}, values["state"])  # noqa: SIM118  no dict
     return values["curve"]
 
 
-def keep(trainer: "Trainer", folder: Path, curve: list[list[float]]) -> None:
-    """Write the finished epoch: the values first, so that the tensors' existence means done."""
+def keep(trainer: "Trainer", path: Path, curve: list[list[float]]) -> None:
+    """Write the finished epoch: tensors, and the curve beside them in the same file, so both or neither are new."""
     from safetensors.torch import save
 
-    tensors, values = trainer.state()
-    path = folder / f"epoch-{trainer.epoch:05d}.safetensors"
-    with replacing(path.with_suffix(".json")) as file:
-        json.dump({"state": values, "curve": curve}, file)
+    tensors, state = trainer.state()
     with replacing(path, "wb") as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-    for older in folder.glob("epoch-*"):
-        if older.stem != path.stem:
-            older.unlink()
+        file.write(save(tensors, metadata={"values": json.dumps({"state": state, "curve": curve})}))
 
 
-def train_one(trainer: "Trainer", valid: Any, folder: Path, title: str) -> list[list[float]]:
+def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[list[float]]:
     """Train to the last epoch; the curve is [epoch, loss, validation WAF in percent or nan] per epoch."""
     from tqdm import tqdm
 
     from stages.fusion.metrics import waf
 
-    curve = resume(trainer, folder)
+    curve = resume(trainer, path)
     classes = len(trainer.token_ids)
     with tqdm(total=trainer.recipe.epochs, initial=trainer.epoch, desc=title, unit="epoch", mininterval=1) as bar:
         while trainer.epoch < trainer.recipe.epochs:
             loss = trainer.run_epoch()
             score = float(waf(valid.labels, trainer.predict(valid).argmax(1), classes)) if len(valid) else float("nan")
             curve.append([trainer.epoch, loss, score])
-            keep(trainer, folder, curve)
+            keep(trainer, path, curve)
             bar.update(1)
     return curve
 
@@ -139,7 +133,8 @@ def train_all(p: Params, device: str) -> list[list[float]]:
                 recipe = Recipe(e.frames, e.epochs, e.batch_size, e.learning_rate, e.warmup_epochs, e.weight_decay,
                                 e.label_smoothing, (e.seed, 0 if fold is None else fold))
                 trainer = Trainer(clip, images, tokens, subset(np.flatnonzero(~inside)), recipe, threads)
-                curve = train_one(trainer, subset(np.flatnonzero(inside)), state / part, f"train_emovclip {part}")
+                valid = subset(np.flatnonzero(inside))
+                curve = train_one(trainer, valid, state / f"{part}.safetensors", f"train_emovclip {part}")
                 rows += [[-1 if fold is None else fold, *point] for point in curve]
             with replacing(OUT / f"{part}.safetensors", "wb") as file:
                 tensors = {n: t.detach().cpu().contiguous() for n, t in clip.prompts.named_parameters()}

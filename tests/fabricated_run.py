@@ -77,9 +77,9 @@ def fabricate(root: Path, confidence: float = 3.0, frames: bool = True, seed: in
                          round(0.99 - 0.01 * i, 4), 0, s))
     pd.DataFrame(rows, columns=["round", "clip_id", "label", "confidence", "agreement", "seed"]).to_csv(
         root / "reports/pseudo_labels.csv", index=False)
-    pd.DataFrame([("labelled_003", "extract_audio", "no", "no audio stream"),
-                  ("test_001", "crop_faces", "partly", "truncated <after> 3 frames")],
-                 columns=["clip_id", "stage", "used", "reason"]).to_csv(root / "reports/skipped.csv", index=False)
+    pd.DataFrame([("labelled_003", "extract_audio", "false", "no audio stream"),
+                  ("test_001", "crop_faces", "true", "truncated <after> 3 frames")],
+                 columns=["clip_id", "stage", "present", "reason"]).to_csv(root / "reports/skipped.csv", index=False)
     if frames:
         write_frames(root / "data/frames", clips["clip_id"].tolist(), generator)
     return root

@@ -157,7 +157,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, changes):
     iterator = self_train(inputs, p, rounds(rounds=3, **changes), start, tmp_path / "killed")
     next(iterator), next(iterator)  # rounds 0 and 1 are done; now a kill while round 2 is written
     with monkeypatch.context() as patch:
-        patch.setattr(self_training.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
         with pytest.raises(OSError, match="killed"):
             next(iterator)
     trained = []

@@ -22,6 +22,7 @@ from stages.encoders.emovclip import PromptedCLIP, video_features
 
 CROP_AREA = 0.9  # smallest part of the image that a crop keeps: open_clip's own training default
 JITTER = 0.2  # brightness, contrast and saturation change by up to this
+GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue
 BETAS = (0.9, 0.98)  # CLIP's and ViFi-CLIP's
 AHEAD = 2  # batches decoded ahead
 
@@ -191,19 +192,22 @@ def augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     grid = functional.affine_grid(affine, [clips, 3, *pixels.shape[3:]], align_corners=False)
     flat = pixels.reshape(clips, frames * 3, *pixels.shape[3:])  # a clip's frames share its grid
     cropped = functional.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(pixels)
-    return colour_jitter(cropped, *(per_clip(rng.uniform(1 - JITTER, 1 + JITTER, (clips, 1, 1, 1, 1)))
-                                    for _ in range(3)))
+    return colour_jitter(cropped, *(per_clip(factors) for factors in rng.uniform(1 - JITTER, 1 + JITTER, (3, clips))))
 
 
 def colour_jitter(
     pixels: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
 ) -> torch.Tensor:
-    """Factors (B, 1, 1, 1, 1) applied to (B, T, 3, H, W) in 0..1: torchvision's ColorJitter in a fixed order, clamped.
+    """torchvision's ColorJitter, in this order, on (B, T, 3, H, W) in 0..1 with factors (B,) per clip; clamped once.
 
-    Brightness scales towards black, contrast towards the clip's mean grey, saturation towards each pixel's grey.
+    Brightness scales towards black, contrast towards the clip's mean grey, saturation towards each pixel's grey:
+    together one affine map of a pixel's three channels.
     """
-    grey = torch.tensor([0.299, 0.587, 0.114], device=pixels.device).view(3, 1, 1)
-    bright = pixels * brightness
-    mean = (bright * grey).sum(2, keepdim=True).mean((1, 3, 4), keepdim=True)
-    contrasted = torch.lerp(mean, bright, contrast)
-    return torch.lerp((contrasted * grey).sum(2, keepdim=True), contrasted, saturation).clamp(0, 1)
+    clips, frames = pixels.shape[:2]
+    grey = torch.tensor(GREY, device=pixels.device)
+    towards_grey = torch.eye(3, device=pixels.device).lerp(grey.expand(3, 3), (1 - saturation).view(-1, 1, 1))
+    matrix = (brightness * contrast).view(-1, 1, 1) * towards_grey
+    mean = pixels.mean((1, 3, 4)) @ grey
+    offset = ((1 - contrast) * brightness * mean).view(-1, 1, 1).expand(-1, 3, 1)
+    offset, matrix = (values.repeat_interleave(frames, 0) for values in (offset, matrix))
+    return torch.baddbmm(offset, matrix, pixels.reshape(clips * frames, 3, -1)).clamp_(0, 1).view_as(pixels)

@@ -68,7 +68,7 @@ class Run:
 
 
 def read_run(labels: list[str]) -> Run:
-    """Read the run in the current folder. Raises PipelineError naming the file that is missing, damaged or out of line."""
+    """Read the run in the current folder. Raises PipelineError naming a file that is missing, damaged or astray."""
     manifest = read_csv(Path("data/manifest.csv"), text=True).set_index("clip_id")
     final = read_predictions(Path("models/self_training"), manifest, len(labels))
     round0 = read_predictions(Path("models/fusion"), manifest, len(labels))
@@ -77,7 +77,8 @@ def read_run(labels: list[str]) -> Run:
     if missing := sorted(set(final.labelled) - set(folds.index)):
         raise PipelineError(f"data/folds.csv: no fold for labelled clip {missing[0]}")
     truth_path = Path("data/truth.csv")
-    truth = read_csv(truth_path, text=True).set_index("clip_id")["label"] if truth_path.exists() else {}
+    known = read_csv(truth_path, text=True)
+    truth = dict(zip(known["clip_id"], known["label"], strict=True))
     rounds_path = Path("models/self_training/rounds.safetensors")
     test = int((manifest["split"] == "test").sum())
     probabilities = _tensor(rounds_path, "test_probabilities", (None, len(final.best), test, len(labels)))
@@ -121,7 +122,7 @@ def read_predictions(folder: Path, manifest: pd.DataFrame, classes: int) -> Pred
 
 def read_transcripts(run: Run) -> dict[str, str]:
     """Clip id to transcript: the corpus's own, or what the transcribe stage heard."""
-    transcripts = run.manifest["transcript"].to_dict()
+    transcripts = {str(clip_id): str(text) for clip_id, text in run.manifest["transcript"].items()}
     path = Path("data/transcripts.csv")
     if path.exists():
         heard = read_csv(path, text=True)

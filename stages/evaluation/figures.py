@@ -86,7 +86,7 @@ def ensemble_scores(run: Run, predictions: Predictions, known: np.ndarray) -> di
 def pseudo_label_correct(run: Run) -> pd.Series:
     """1 or 0 per row of pseudo_labels.csv as the label is right or wrong, NaN where the truth is not known."""
     truth = dict(zip(run.final.others, run.truth, strict=True))
-    names = {position: label for position, label in enumerate(run.labels)}
+    names = dict(enumerate(run.labels))
     actual = run.pseudo_labels["clip_id"].map(truth).map(names)
     return (actual == run.pseudo_labels["label"]).astype(float).where(actual.notna())
 

@@ -54,7 +54,7 @@ def render_report(run: Run, p: Params, headline: dict[str, Any], predictions: pd
     }
     if robustness is not None and len(robustness) > 1:
         specs["robustness"] = charts.robustness_chart(robustness)
-    bundle = vl_convert.javascript_bundle()
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(

@@ -101,7 +101,11 @@ class CenterFace:
         inputs = np.pad(small, padding).transpose(0, 3, 1, 2).astype(np.float32)  # raw 0..255 RGB, as it was trained
         outputs = self._session.run(None, {"input.1": inputs})
         scale = np.array([images[0].shape[1] / width, images[0].shape[0] / height], np.float32)
-        return [decode(*output, min_confidence, scale) for output in zip(*outputs, strict=True)]
+        heatmaps, sizes, offsets, points = outputs
+        return [
+            decode(*maps, min_confidence=min_confidence, scale=scale)
+            for maps in zip(heatmaps, sizes, offsets, points, strict=True)
+        ]
 
 
 def decode(

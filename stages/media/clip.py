@@ -6,13 +6,12 @@ over and counted: a clip with a scratch keeps its other frames, and the caller g
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import av
-from av.audio.frame import AudioFrame
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition, Stream
-from av.video.frame import VideoFrame
+from av.stream import Disposition
 
 from stages.errors import Skip
 
@@ -22,6 +21,7 @@ OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,mp3,aac,flac",
     "protocol_whitelist": "file",
 }
+Kind = Literal["audio", "video"]
 MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
 SLACK_SECONDS = 0.1  # codecs pad and trim by a few thousand samples
 SLACK_SHARE = 0.02
@@ -53,7 +53,7 @@ class Reader:
     packets that could not be read or decoded and `seconds` is the time that the packets spanned.
     """
 
-    def __init__(self, path: str | Path, kind: str):
+    def __init__(self, path: str | Path, kind: Kind):
         self.container = open_clip(path)
         try:
             self.stream = self._best_stream(kind)
@@ -69,7 +69,7 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.container.close()
 
-    def _best_stream(self, kind: str) -> Stream:
+    def _best_stream(self, kind: Kind) -> Any:
         streams = [
             stream
             for stream in self.container.streams
@@ -117,8 +117,8 @@ class Reader:
                 self.seconds = float((end - start) * packet.time_base)
             yield packet
 
-    def frames(self) -> Iterator[AudioFrame | VideoFrame]:
-        """Every frame that decodes, in order of presentation."""
+    def frames(self) -> Iterator[Any]:
+        """Every AudioFrame or VideoFrame that decodes, in order of presentation."""
         for packet in self.packets():
             yield from self._decode(packet)
         yield from self._decode(None)  # what the decoder still holds back

@@ -52,11 +52,11 @@ class Tracker:
         if faces:
             overlaps = overlap(np.stack([face.box for face in faces]), self._boxes)
             for flat in np.argsort(-overlaps, axis=None, kind="stable"):
-                face, track = divmod(int(flat), len(self._boxes))
-                if overlaps[face, track] < MIN_OVERLAP:
+                nearest, track = divmod(int(flat), len(self._boxes))
+                if overlaps[nearest, track] < MIN_OVERLAP:
                     break
-                if face not in assigned and track not in assigned.values():
-                    assigned[face] = track
+                if nearest not in assigned and track not in assigned.values():
+                    assigned[nearest] = track
         for index, face in enumerate(faces):
             if index not in assigned:
                 assigned[index] = len(self._weights)

@@ -13,13 +13,14 @@ import numpy as np
 # How often a modality expresses the label itself [tuned so that the miniature encoders reach 35 to 80 % WAF alone]
 FIDELITY = {"face": 0.78, "voice": 0.80, "text": 0.72}
 # What it expresses otherwise: faces mix up what looks alike, voices what is alike in arousal; text says little
-CONFUSED = {
+CONFUSED: dict[str, dict[str, Sequence[str]]] = {
     "face": {"neutral": ("sadness", "worry"), "anger": ("worry", "neutral"), "happiness": ("surprise", "neutral"),
              "sadness": ("worry", "neutral"), "worry": ("sadness", "anger"), "surprise": ("happiness", "worry")},
     "voice": {"neutral": ("sadness", "happiness"), "anger": ("surprise", "happiness"),
               "happiness": ("surprise", "anger"), "sadness": ("neutral", "worry"), "worry": ("sadness", "anger"),
               "surprise": ("anger", "happiness")},
-    "text": dict.fromkeys(("neutral", "anger", "happiness", "sadness", "worry", "surprise"), ("neutral", "neutral", "worry", "surprise", "anger")),
+    "text": dict.fromkeys(("neutral", "anger", "happiness", "sadness", "worry", "surprise"),
+                          ("neutral", "neutral", "worry", "surprise", "anger")),
 }
 # Shares of the classes, unbalanced like MER2023's and MER2024's training sets
 SHARES = {"neutral": 0.24, "anger": 0.22, "happiness": 0.18, "sadness": 0.14, "worry": 0.12, "surprise": 0.10}
@@ -68,5 +69,5 @@ def spread(count: int) -> list[str]:
 def express(label: str, modality: str, rng: np.random.Generator) -> str:
     if rng.random() < FIDELITY[modality]:
         return label
-    options: Sequence[str] = CONFUSED[modality][label]
+    options = CONFUSED[modality][label]
     return options[int(rng.integers(len(options)))]

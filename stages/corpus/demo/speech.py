@@ -5,7 +5,7 @@ Pitch, range, rate and loudness follow the emotion; then vocal effort (spectral 
 
 import _ctypes
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,9 +81,11 @@ def say(text: str, voice: str, manner: Manner) -> np.ndarray:
 def speak(text: str, emotion: str, rng: np.random.Generator) -> np.ndarray:
     """The sentence in the emotion's manner: float32 in -1..1 at RATE, with a margin of room noise around it."""
     manner = MANNERS[emotion]
-    varied = Manner(
-        int(manner.speed * rng.uniform(0.93, 1.07)), int(np.clip(manner.pitch + rng.integers(-5, 6), 0, 99)),
-        int(np.clip(manner.range + rng.integers(-5, 6), 0, 99)), manner.volume, manner.tilt, manner.rough, manner.tremor,
+    varied = replace(
+        manner,
+        speed=int(manner.speed * rng.uniform(0.93, 1.07)),
+        pitch=int(np.clip(manner.pitch + rng.integers(-5, 6), 0, 99)),
+        range=int(np.clip(manner.range + rng.integers(-5, 6), 0, 99)),
     )
     voice = VOICES[int(rng.integers(len(VOICES)))]
     waveform = say(text, voice, varied).astype(np.float32) / 32768

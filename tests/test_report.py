@@ -1,0 +1,142 @@
+"""metrics.json against hand-made figures, and the report: opened in a browser, self-contained, inert."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricated_run import COUNTS, FOLDS, LABELS, ROUNDS, SEEDS, SENTENCES, fabricate
+from sklearn.metrics import f1_score
+
+from stages.errors import PipelineError
+from stages.evaluation import figures
+from stages.evaluation.artefacts import UNKNOWN, Run, read_run
+from stages.evaluation.report import render_report
+from stages.params import load
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=5000")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(ROOT)
+    fabricate(tmp_path, confidence=0.7)
+    monkeypatch.chdir(tmp_path)
+    return read_run(LABELS)
+
+
+def waf(actual: np.ndarray, called: np.ndarray) -> float:
+    return 100 * f1_score(actual, called, labels=range(len(LABELS)), average="weighted", zero_division=0)
+
+
+def test_the_headline_is_sklearns_weighted_f1(run: Run) -> None:
+    p = load()
+    found = figures.headline(run, p.evaluate)
+    truth = pd.read_csv("data/truth.csv").set_index("clip_id")["label"]
+    test = [i for i, clip in enumerate(run.final.others) if clip.startswith("test")]
+    actual = np.array([LABELS.index(truth[run.final.others[i]]) for i in test])
+    by_seed = [waf(actual, run.final.votes[s].mean(0)[test].argmax(-1)) for s in range(SEEDS)]
+    assert found["test"]["waf"] == pytest.approx(np.mean(by_seed), abs=1e-3)
+    assert found["test"]["waf_std"] == pytest.approx(np.std(by_seed, ddof=1), abs=1e-3)
+    assert found["test"]["clips"] == COUNTS["test"]
+    assert found["test"]["interval"][0] < found["test"]["waf"] < found["test"]["interval"][1]
+    folds = [
+        np.mean([waf(run.actual[run.folds == f], run.final.best[s].argmax(-1)[run.folds == f]) for f in range(FOLDS)])
+        for s in range(SEEDS)
+    ]
+    assert found["cv"]["waf_best_epoch"] == pytest.approx(np.mean(folds), abs=1e-3)
+    assert found["cv"]["out_of_fold_waf"] == pytest.approx(
+        np.mean([waf(run.actual, run.final.last[s].argmax(-1)) for s in range(SEEDS)]), abs=1e-3)
+    assert found["pseudo_labels"] == {"count": 36.0, "accuracy": pytest.approx(100 * 32 / 36, abs=1e-3)}
+    assert found["leaky"] is False and found["clips"] == COUNTS and (found["seeds"], found["folds"]) == (SEEDS, FOLDS)
+    assert sum(row["support"] for row in found["test"]["per_class"].values()) == COUNTS["test"]
+
+
+def test_without_any_truth_only_the_cross_validation_is_scored(run: Run) -> None:
+    Path("data/truth.csv").write_text("clip_id,label\n")
+    blind = read_run(LABELS)
+    assert (blind.truth == UNKNOWN).all()
+    found = figures.headline(blind, load().evaluate)
+    assert "test" not in found and "unlabelled" not in found and "accuracy" not in found["pseudo_labels"]
+    assert figures.confusion_table(blind, figures.prediction_table(blind))[0] == "labelled"
+
+
+def test_predictions_cover_every_clip_and_hold_no_truth(run: Run) -> None:
+    table = figures.prediction_table(run)
+    assert table["clip_id"].tolist() == run.manifest.index.tolist()
+    probabilities = table[[f"prob_{label}" for label in LABELS]].to_numpy()
+    assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
+    assert (np.array(LABELS)[probabilities.argmax(1)] == table["prediction"]).all()
+    assert not {"label", "truth", "actual"} & set(table.columns)
+    submission = figures.submission_table(table)
+    assert len(submission) == COUNTS["test"]
+    assert set(submission["discrete"]) <= {"neutral", "angry", "happy", "sad", "worried", "surprise"}
+
+
+def test_rounds_gain_what_only_the_truth_can_tell(run: Run) -> None:
+    table = figures.rounds_table(run)
+    assert len(table) == ROUNDS + 1
+    assert table["pseudo_label_accuracy"][1:].between(80, 100).all() and table["test_waf"].between(1, 100).all()
+
+
+def test_files_that_do_not_line_up_are_refused(run: Run) -> None:
+    clips = pd.read_csv("models/fusion/clips.csv")
+    clips.iloc[::-1].to_csv("models/fusion/clips.csv", index=False)
+    with pytest.raises(PipelineError, match=r"models/fusion/clips\.csv"):
+        read_run(LABELS)
+
+
+def robustness(run: Run) -> pd.DataFrame:
+    return figures.robustness_table(run, lambda removed: (run.final.best, run.final.by_seed))
+
+
+def page(run: Run) -> str:
+    p = load()
+    return render_report(run, p, figures.headline(run, p.evaluate), figures.prediction_table(run), robustness(run))
+
+
+def test_the_page_is_self_contained_and_small(run: Run) -> None:
+    html = page(run)
+    assert len(html) < 5_000_000
+    markup = re.sub(r"<script\b.*?</script>", "", html, flags=re.S)
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", markup)
+    assert "default-src 'none'" in html and "connect-src" not in html
+    assert markup.count("data:image/jpeg;base64,") > 20 and "我今天很高兴" in markup
+
+
+def test_a_transcript_can_do_nothing(run: Run) -> None:
+    evil = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
+    manifest = Path("data/manifest.csv").read_text().replace(SENTENCES[0], '"' + evil.replace('"', '""') + '"')
+    Path("data/manifest.csv").write_text(manifest)
+    html = page(read_run(LABELS))
+    assert evil not in html and "&lt;script&gt;document.title" in html
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed (apt-get install chromium)")
+def test_it_opens_in_a_browser_without_fetching_or_failing(run: Run, tmp_path: Path) -> None:
+    html = page(run)
+    (tmp_path / "report.html").write_text(html, encoding="utf-8")
+    log = tmp_path / "net.json"
+    options = [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr"]
+    done = subprocess.run(["chromium", *FLAGS, *options, "--dump-dom", f"file://{tmp_path / 'report.html'}"],
+                          text=True, capture_output=True, timeout=120)
+    figure = figures.headline(run, load().evaluate)["test"]["waf"]
+    shown = re.search(r'<b id="waf">([\d.]+)</b>', done.stdout)
+    assert shown and float(shown.group(1)) == pytest.approx(figure, abs=0.005)
+    drawn = re.findall(r'<div class="chart[^>]*id="chart-(\w+)"[^>]*>.*?<svg', done.stdout, re.S)
+    assert {"confusion", "rounds", "curves", "robustness"} <= set(drawn)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    hosts = set(re.findall(r'"url":"(?:https?|wss?)://([^/":]+)', log.read_text()))
+    own = {host for host in hosts if host.endswith((".google.com", ".googleapis.com", ".gvt1.com"))}  # the browser's
+    assert hosts <= own and "google" not in re.sub(r"<script\b.*?</script>", "", html, flags=re.S)
+
+
+def test_metrics_are_plain_json(run: Run) -> None:
+    text = json.dumps(figures.headline(run, load().evaluate))
+    assert "NaN" not in text and text == json.dumps(figures.headline(run, load().evaluate))
