@@ -1,7 +1,8 @@
 # make demo: set up, run the whole pipeline on the demo corpus, show the metrics.   make test: the tests.
 # `export` puts the environment's python and dvc first, so nothing need be activated.
 SHELL := /bin/bash
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SYSTEM_PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
+export PATH := $(CURDIR)/.venv/bin:$(SYSTEM_PATH)
 export DVC_NO_ANALYTICS := 1
 READY := .venv/ready
 
@@ -26,8 +27,8 @@ setup: $(READY)
 # --without-pip and pip's --python: a bare Debian has neither ensurepip nor a writable system Python.
 # uv, because pip picks a CPU torch that torchvision can't load with, and takes ten times as long.
 $(READY): constraints.txt
-	test -x .venv/bin/python || python3 -m venv --without-pip .venv
-	python3 -m pip --python .venv/bin/python install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
+	test -x .venv/bin/python || PATH="$(SYSTEM_PATH)" python3 -m venv --without-pip .venv
+	PATH="$(SYSTEM_PATH)" python3 -m pip --python .venv/bin/python install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
 	.venv/bin/uv pip sync --quiet --compile-bytecode --python .venv/bin/python constraints.txt
 	touch $(READY)
 
