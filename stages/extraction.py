@@ -87,8 +87,10 @@ def extract(stage: Stage, inputs: Sequence[Input], work: Work, params: Params, d
     parts = _plan(stage, inputs, params.corpus.shard_size)
     todo = [(part, chunk) for part, chunk in parts if not part.exists()]
     done = len(inputs) - sum(len(chunk) for _, chunk in todo)
+    finished = _compute(todo, work, stage, devices)
+    next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
     with tqdm(total=len(inputs), initial=done, desc=stage.name, unit="clip", mininterval=1, disable=not todo) as bar:
-        for count in _compute(todo, work, stage, devices):
+        for count in finished:
             bar.update(count)
     _check_bad_fraction(stage, inputs, [part for part, _ in parts], params.corpus.max_bad_fraction)
     _finalise(stage.out, [part for part, _ in parts], params.runtime.keep_parts)
@@ -111,12 +113,16 @@ def _rows_digest(chunk: Sequence[Input]) -> str:
 def _compute(
     todo: list[tuple[Path, Sequence[Input]]], work: Work, stage: Stage, devices: Sequence[str]
 ) -> Iterator[int]:
-    """Yield the number of clips of each shard as it is done. One process per device where there are several."""
+    """Yield 0 once the work is open, then the number of clips of each shard as it is done.
+
+    One process per device where there are several.
+    """
     if not todo:
         return
     if len(devices) == 1 or len(todo) == 1:
         work.open(devices[0])
         try:
+            yield 0
             for part, chunk in todo:
                 yield _write(part, chunk, work, stage)
         finally:
@@ -126,6 +132,7 @@ def _compute(
     free = context.Queue()
     for device in devices:
         free.put(device)
+    yield 0
     with ProcessPoolExecutor(len(devices), context, _open_worker, (work, free)) as pool:
         yield from pool.map(partial(_write_in_worker, stage=stage), *zip(*todo, strict=True))
 

@@ -222,9 +222,9 @@ def describe(error: ValidationError) -> str:
     first = faults[0]
     key = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['auto']", "[key]"))
     found = first["input"]
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         text = f"{key}: unknown parameter (found {_short(found)}); remove it or correct its name"
-    elif first["type"] == "missing":
+    elif first["type"] in ("missing", "missing_argument"):
         text = f"{key}: missing; every parameter must be given (params.yaml in git shows them all)"
     elif first["type"] == "value_error":
         text = str(first["ctx"]["error"])

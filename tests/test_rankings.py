@@ -158,7 +158,10 @@ def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
     for round_ in range(5):
         process = context.Process(target=_append_many, args=(tmp_path, f"{round_}-", 10_000))
         process.start()
-        time.sleep(0.05 + 0.01 * round_)
+        path, deadline = cache(tmp_path).path, time.monotonic() + 30
+        while not (path.exists() and f"{round_}-0" in path.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.01 * round_)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
