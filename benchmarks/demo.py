@@ -37,7 +37,7 @@ def timed_repro(folder: Path) -> tuple[list[tuple[str, float]], float]:
     if process.wait():
         raise SystemExit(f"dvc repro failed in {folder}")
     end = time.monotonic()
-    following = [moment for _, moment in marks[1:]] + [end]
+    following = [*(moment for _, moment in marks), end][1:]
     return [(name, after - at) for (name, at), after in zip(marks, following, strict=True)], end - start
 
 
