@@ -9,8 +9,8 @@ from pathlib import Path
 from stages.corpus.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
 from stages.corpus.demo.clip_checkpoint import make_clip
 from stages.corpus.demo.generate import make_corpus, sentences
+from stages.devices import pick_workers
 from stages.errors import PipelineError, run_stage
-from stages.extraction import pick_workers
 from stages.params import Params, load
 
 DATA = Path("data/demo")

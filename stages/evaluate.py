@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.devices import pick_device, set_threads
 from stages.errors import run_stage
-from stages.extraction import pick_device, set_threads
 from stages.files import replacing
 from stages.params import Params, load
 

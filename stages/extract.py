@@ -12,18 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from stages.corpus.manifest import read_manifest, read_transcripts
+from stages.devices import pick_devices
+from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
-from stages.extraction import (
-    Encode,
-    Encoder,
-    Input,
-    Stage,
-    StoreReader,
-    extract,
-    pick_devices,
-    pick_workers,
-    store_inputs,
-)
+from stages.extraction import Input, Stage, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import Extractor, describe, load
 
@@ -83,15 +75,12 @@ def main() -> None:
     checkpoint = str(row.options["checkpoint"])
     devices = pick_devices(p.runtime.device)
     is_text = row.input.endswith((".csv", ".jsonl"))
-    attributes = {"extractor": name, "encoder": row.encoder, **{k: row.options[k] for k in COMMON}}
-    memory = p.runtime.batch_memory_mb
+    attributes = {"extractor": name, "encoder": row.encoder, "variance": True, **{k: row.options[k] for k in COMMON}}
     work = Encode(
         partial(make_encoder, name=name, row=row),
         identity if is_text else StoreReader(f"data/{row.input}"),
-        keep_frames=row.keep_frames,
-        variance=True,
-        threads=pick_workers(p.runtime),
-        batch_bytes=None if memory == "auto" else memory << 20,
+        partial(pooled_row, keep_frames=row.keep_frames, variance=True),
+        p.runtime,
     )
     stage = Stage(f"extract@{name}", Path("features") / name, "features", attributes,
                   stage_fingerprint(f"extract@{name}", checkpoint_digest(checkpoint)))

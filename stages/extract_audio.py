@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 
 from stages.errors import run_stage
-from stages.extraction import extract_media
 from stages.media.audio import load_audio
 from stages.params import load
 from stages.store import Row
+from stages.workers import extract_media
 
 
 def audio_row(clip_id: str, path: str, sample_rate: int) -> Row:

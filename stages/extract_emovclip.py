@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from stages.devices import pick_devices
+from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
-from stages.extraction import Encode, Encoder, Stage, StoreReader, extract, pick_devices, pick_workers, store_inputs
+from stages.extraction import Stage, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import load
 
@@ -29,7 +31,7 @@ class FromClipId:
     """
 
     def __init__(self, encoder: Encoder, read: Callable[[str], Any], kept: dict[str, np.ndarray]):
-        self.dimension, self.unit_bytes = encoder.dimension, encoder.unit_bytes
+        self.dimension, self.unit_bytes, self.padded = encoder.dimension, encoder.unit_bytes, encoder.padded
         self.size, self.encode = encoder.size, encoder.encode
         self._prepare, self._read, self._kept = encoder.prepare, read, kept
         self._room = KEPT_BYTES - sum(prepared.nbytes for prepared in kept.values())
@@ -64,7 +66,6 @@ def main() -> None:
         raise PipelineError(f"{PROMPTS}: no prompts found; make them with: dvc repro train_emovclip")
     inputs = store_inputs("data/frames")
     kept: dict[str, np.ndarray] = {}
-    memory = p.runtime.batch_memory_mb
     if OUT.exists():
         shutil.rmtree(OUT)
     for name in names:
@@ -73,12 +74,10 @@ def main() -> None:
         work = Encode(
             partial(make_encoder, kept=kept, **config, prompts=str(prompts)),
             clip_itself,
-            keep_frames=e.keep_frames,
-            variance=False,
-            threads=pick_workers(p.runtime),
-            batch_bytes=None if memory == "auto" else memory << 20,
+            partial(pooled_row, keep_frames=e.keep_frames, variance=False),
+            p.runtime,
         )
-        attributes = {"extractor": "emovclip", "encoder": "emovclip", "prompts": name, **config}
+        attributes = {"extractor": "emovclip", "encoder": "emovclip", "variance": False, "prompts": name, **config}
         digest = checkpoint_digest(e.checkpoint) + prompts.read_bytes()
         stage = Stage("extract_emovclip", OUT if name == "all" else OUT / name, "features", attributes,
                       stage_fingerprint("extract_emovclip", digest))

@@ -5,8 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from stages.devices import pick_device, set_threads
 from stages.errors import PipelineError, run_stage
-from stages.extraction import PARTS, pick_device, set_threads
+from stages.extraction import PARTS
 from stages.files import replacing
 from stages.fingerprint import stage_fingerprint
 from stages.params import load

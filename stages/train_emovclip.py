@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.corpus.manifest import read_folds, read_manifest, write_rows
+from stages.devices import NARROW, pick_device, pick_workers, set_threads
 from stages.errors import PipelineError, run_stage
-from stages.extraction import NARROW, PARTS, pick_device, pick_workers, set_threads
+from stages.extraction import PARTS
 from stages.files import replacing
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import Params, load

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from stages.devices import pick_device, set_threads
 from stages.errors import run_stage
-from stages.extraction import pick_device, set_threads
 from stages.files import replacing
 from stages.params import load
 

@@ -4,13 +4,16 @@ Without transcribe.checkpoint, clips that come without a transcript stay without
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.corpus.manifest import read_manifest, write_rows
-from stages.errors import Skip, run_stage
-from stages.extraction import Input, Stage, batches, default_batch_bytes, extract, pick_devices
+from stages.devices import pick_devices
+from stages.encoding import Encode, Encoder, StoreReader
+from stages.errors import run_stage
+from stages.extraction import Input, Stage, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import Params, load
 from stages.store import Row, Store
@@ -23,40 +26,14 @@ RECOGNIZED = Path(".cache/transcripts")  # the texts as a store, so that a kill 
 OUT = Path("data/transcripts.csv")
 
 
-class Recognize:
-    """Work of the engine: one row of text per clip."""
+def make_recognizer(device: str, config: "Config") -> Encoder:
+    from stages.encoders.asr import Recognizer
 
-    attributes: Mapping[str, Any] = {}
+    return Recognizer(config, device)
 
-    def __init__(self, config: "Config", audio: Path, batch_bytes: int | None):
-        self.config, self.audio, self.batch_bytes = config, audio, batch_bytes
 
-    def open(self, device: str) -> None:
-        from stages.encoders.asr import Recognizer
-
-        self._recognizer = Recognizer(self.config, device)
-        self._store = Store(self.audio)
-        self._rate = int(self._store.attrs["sample_rate"])
-        self._budget = self.batch_bytes or default_batch_bytes(device)
-
-    def close(self) -> None:
-        del self._recognizer
-
-    def rows(self, inputs: Sequence[Input]) -> Iterator[Row]:
-        recognizer, rows, waveforms = self._recognizer, {}, []
-        for clip in inputs:
-            rows[clip.clip_id] = Row(clip.clip_id)
-            try:
-                if not clip.absent:
-                    waveform = recognizer.prepare((self._store.read(clip.clip_id), self._rate))
-                    waveforms.append((clip.clip_id, waveform))
-            except Skip as skip:
-                rows[clip.clip_id] = Row(clip.clip_id, reason=str(skip))
-        for batch in batches(waveforms, lambda pair: recognizer.size(pair[1]), recognizer.unit_bytes, self._budget):
-            texts = recognizer.encode([waveform for _, waveform in batch])
-            for (clip_id, _), text in zip(batch, texts, strict=True):
-                rows[clip_id] = Row(clip_id, values=text)
-        return iter([rows[clip.clip_id] for clip in inputs])
+def text_row(clip_id: str, text: str) -> Row:
+    return Row(clip_id, values=text)
 
 
 def recognize(clip_ids: Sequence[str], p: Params) -> dict[str, str]:
@@ -67,8 +44,7 @@ def recognize(clip_ids: Sequence[str], p: Params) -> dict[str, str]:
     audio = Store(AUDIO)
     known = {clip_id: i for i, clip_id in enumerate(audio.clip_ids)}
     inputs = [Input(c, c, audio.digests[known[c]], absent=not audio.present[known[c]]) for c in clip_ids]
-    memory = p.runtime.batch_memory_mb
-    work = Recognize(Config(**options), AUDIO, None if memory == "auto" else memory << 20)
+    work = Encode(partial(make_recognizer, config=Config(**options)), StoreReader(str(AUDIO)), text_row, p.runtime)
     fingerprint = stage_fingerprint("transcribe", checkpoint_digest(options["checkpoint"]))
     stage = Stage("transcribe", RECOGNIZED, "text", {"extractor": "transcribe", **options}, fingerprint)
     extract(stage, inputs, work, p, pick_devices(p.runtime.device))

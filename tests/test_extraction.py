@@ -1,50 +1,33 @@
 """The extraction engine: resumed equals uninterrupted, a bad clip costs itself alone, stale shards are not reused."""
 
-import copy
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine import ROOT, contents, inputs, small_shards, stage
 from ruamel.yaml import YAML
 
+from stages.devices import pick_devices
 from stages.errors import PipelineError, Skip
-from stages.extraction import Encode, Input, PerClip, Stage, batches, extract, pick_devices
+from stages.extraction import Input, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
-from stages.params import Params, load, read_yaml
+from stages.params import Params, load
 from stages.store import Row, Store
-
-ROOT = Path(__file__).parent.parent
-SHARD_SIZE = 4
+from stages.workers import PerClip
 
 
 @pytest.fixture
 def p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     """Params with small shards, in an empty working directory."""
-    values = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
-    values["corpus"]["shard_size"] = SHARD_SIZE
-    values["corpus"]["max_bad_fraction"] = 0.2
-    YAML().dump(values, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
-    return load()
-
-
-def stage(name: str = "some_stage", fingerprint: str = "f", kind: str = "text") -> Stage:
-    return Stage(name, Path("out") / name, kind, {"extractor": name}, fingerprint)
-
-
-def inputs(count: int) -> list[Input]:
-    return [Input(f"c{i:02d}", i, i.to_bytes(16, "little")) for i in range(count)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return small_shards(tmp_path)
 
 
 class Words:
@@ -59,13 +42,16 @@ class Words:
 
     def close(self) -> None: ...
 
-    def rows(self, clips: Sequence[Input]) -> Iterator[Row]:
-        for clip in clips:
-            with open(self.log, "a") as log:
-                log.write(clip.clip_id + "\n")
-            if clip.clip_id == self.die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield Row(clip.clip_id, values=f"text {clip.item}")
+    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
+        for chunk in chunks:
+            yield [self._row(clip) for clip in chunk]
+
+    def _row(self, clip: Input) -> Row:
+        with open(self.log, "a") as log:
+            log.write(clip.clip_id + "\n")
+        if clip.clip_id == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Row(clip.clip_id, values=f"text {clip.item}")
 
 
 def computed(log: Path) -> list[str]:
@@ -161,71 +147,6 @@ def test_too_many_bad_clips_stop_the_stage_with_the_list(p: Params) -> None:
     assert "\n" not in str(caught.value)
     assert len(Path(".cache/skipped-some_stage.csv").read_text().splitlines()) == 4
     assert not Path("out").exists()
-
-
-class Averager:
-    """A stand-in encoder: its features tell which batch a clip was in."""
-
-    dimension = 2
-    unit_bytes = 10
-
-    def prepare(self, item: int) -> np.ndarray:
-        if item == 4:
-            raise Skip("no words")
-        return np.full(item + 1, item, np.float32)
-
-    def size(self, prepared: np.ndarray) -> int:
-        return len(prepared)
-
-    def encode(self, batch: list[np.ndarray]) -> list[np.ndarray]:
-        assert len(batch) * max(map(len, batch)) * self.unit_bytes <= 200 or len(batch) == 1
-        values = [np.stack([b, b * 2], axis=1) for b in batch]
-        return [np.where(v == 7, np.nan, v) for v in values]
-
-
-def make_averager(device: str) -> Averager:
-    return Averager()
-
-
-def read(item: int) -> int:
-    return item
-
-
-def encode(keep_frames: bool = False) -> Encode:
-    return Encode(make_averager, read, keep_frames=keep_frames, variance=True, threads=2, batch_bytes=200)
-
-
-def test_encoding_keeps_order_records_skips_and_refuses_nan(p: Params) -> None:
-    clips = inputs(20)
-    clips[2] = Input("c02", None, b"", absent=True)
-    extract(stage(kind="features"), clips, encode(), p, ["cpu"])
-    store = Store("out/some_stage")
-    assert store.clip_ids == [clip.clip_id for clip in clips]
-    assert store.present.tolist() == [i not in (2, 4, 7) for i in range(20)]
-    assert (store.reasons[2], store.reasons[4]) == ("", "no words")
-    assert "non-finite" in store.reasons[7]
-    assert store.mean[9].tolist() == [9, 18]
-    assert store.var is not None and store.var.max() == 0
-
-
-def test_several_devices_give_the_same_bytes_as_one(p: Params, tmp_path: Path) -> None:
-    extract(stage(kind="features"), inputs(16), encode(True), p, ["cpu"])
-    one = contents(Path("out/some_stage"))
-    os.chdir(tmp_path.parent)
-    other = tmp_path / "other"
-    other.mkdir()
-    os.chdir(other)
-    extract(stage(kind="features"), inputs(16), encode(True), p, ["cpu", "cpu"])
-    assert contents(Path("out/some_stage")) == one
-
-
-def test_batches_fit_the_budget_and_lose_nothing() -> None:
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 1000, 200).tolist()
-    found = list(batches(sizes, lambda s: s, unit_bytes=3, budget=6000))
-    assert sorted(s for batch in found for s in batch) == sorted(sizes)
-    assert all(len(batch) * max(batch) * 3 <= 6000 or len(batch) == 1 for batch in found)
-    assert max(found[0]) == max(sizes)
 
 
 def test_fingerprint_follows_params_code_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from stages import transcribe
 from stages.corpus.manifest import Clip, write_manifest
 from stages.encoders.asr import Config, Recognizer
+from stages.encoding import Ahead, Encode
 from stages.errors import PipelineError, Skip
 from stages.extraction import Input
 from stages.params import load
@@ -335,15 +336,15 @@ def test_a_killed_run_goes_on_at_its_first_open_shard(
     whole = run(checkpoints["hubert"], monkeypatch)
     shutil.rmtree(house / ".cache")
     computed: list[list[str]] = []
-    rows_of = transcribe.Recognize.rows
+    shard_of = Encode._shard
 
-    def rows(self: transcribe.Recognize, inputs: list[Input]) -> Any:
+    def shard(self: Encode, chunk: Sequence[Input], ahead: Ahead) -> list[Row]:
         if len(computed) == 1:
             raise KeyboardInterrupt
-        computed.append([clip.clip_id for clip in inputs])
-        return rows_of(self, inputs)
+        computed.append([clip.clip_id for clip in chunk])
+        return shard_of(self, chunk, ahead)
 
-    monkeypatch.setattr(transcribe.Recognize, "rows", rows)
+    monkeypatch.setattr(Encode, "_shard", shard)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints["hubert"], monkeypatch)
     assert computed == [["c1", "c3"]]

@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from stages.corpus.layout import Entry
 from stages.corpus.manifest import Clip
+from stages.devices import pick_workers
 from stages.errors import Skip
-from stages.extraction import Workers, pick_workers
 from stages.media.clip import probe_duration
 from stages.params import Params
+from stages.workers import Workers
 
 
 def examine(path: str) -> tuple[int, str, float | None]:

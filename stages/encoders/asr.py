@@ -38,7 +38,9 @@ class Config:
 
 
 class Recognizer:
-    """unit_bytes: estimated peak activation bytes per sample of a batch that is padded to its longest."""
+    """dimension: the network's width. unit_bytes: estimated peak activation bytes per sample of a padded batch."""
+
+    padded = True
 
     def __init__(self, config: Config, device: str) -> None:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
@@ -62,6 +64,7 @@ class Recognizer:
         self._generation = {"num_beams": 1, "do_sample": False} | self._language(config.language)
         # A group norm averages over padding, mask or not, and only waveforms have known output lengths.
         published = self._model.config
+        self.dimension: int = getattr(published, "d_model", getattr(published, "hidden_size", 1024))
         self._masks = (
             self._is_ctc
             and self._model.main_input_name == "input_values"
@@ -71,9 +74,8 @@ class Recognizer:
         if hasattr(published, "conv_dim"):
             per_sample = 4 * published.conv_dim[0] / published.conv_stride[0]
         else:  # activations of a layer, and the decoder's cross-attention keys and values
-            width: int = getattr(published, "d_model", getattr(published, "hidden_size", 1024))
             layers: int = getattr(published, "decoder_layers", 0)
-            per_sample = (16 + 2 * layers) * width * FRAMES_PER_SECOND / self.sample_rate
+            per_sample = (16 + 2 * layers) * self.dimension * FRAMES_PER_SECOND / self.sample_rate
         self.unit_bytes: int = math.ceil(per_sample * self._dtype.itemsize)
 
     def _language(self, language: str | None) -> dict[str, Any]:

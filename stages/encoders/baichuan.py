@@ -54,6 +54,8 @@ def compose(transcript: str, ranking: list[str]) -> str:
 class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per token in a batch."""
 
+    padded = True
+
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)
         settings = read_json(folder / "config.json", config.checkpoint)

@@ -8,7 +8,7 @@ and `revision` pins the hub commit of the latter two. Weights are safetensors, o
 the tags of open_clip resolve to such files on the hub, never to OpenAI's own TorchScript archives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,6 @@ FOLDER = "local-dir:"  # open_clip's prefix
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-WORKING_SET = {"cpu": 54 << 20, "cuda": 4 << 30}  # bytes of activations per forward pass: see `chunk_images`
 QUICK_GELU = 1.702  # its constant
 BLOCK_VALUES = 14  # values per token and width alive at once in a block: stream, norm, qkv, attention, MLP
 
@@ -217,36 +216,15 @@ def image_bytes(visual: Any, dtype: torch.dtype) -> int:
     return tokens * channels * BLOCK_VALUES * dtype.itemsize + 2 * 3 * height * width * 4
 
 
-def chunk_images(unit_bytes: int, device: str) -> int:
-    """Images per forward pass. On a CPU about what its caches hold: 16 of ViT-B/32, measured; a GPU wants many."""
-    return max(1, WORKING_SET[device.partition(":")[0]] // unit_bytes)
+class ImageEncoder:
+    """One feature per image, through `features`: (n, 3, H, W) -> (n, C), of a model with the tower `visual`."""
 
+    padded = False  # a clip of any number of images may share a batch with others, or be cut
 
-def encode_images(
-    batch: Sequence[np.ndarray], features: Any, images: Images, device: str, dtype: torch.dtype, chunk: int
-) -> list[np.ndarray]:
-    """Clips of (T_i, H, W, 3) uint8 to (T_i, C) float32 each, through `features`: (n, 3, H, W) -> (n, C).
-
-    The clips' images are run together, `chunk` at a time, and copied back once.
-    """
-    everything = np.concatenate(batch)
-    with torch.inference_mode():
-        parts = [
-            features(images.to_input(everything[i : i + chunk], device, dtype)).float()
-            for i in range(0, len(everything), chunk)
-        ]
-        found = torch.cat(parts).cpu().numpy()
-    return np.split(found, np.cumsum([len(clip) for clip in batch])[:-1])
-
-
-class Encoder:
-    """One feature per image. A clip of any number of images is fine: the tower sees `chunk_images` at a time."""
-
-    def __init__(self, config: Config, device: str):
-        self._model, _ = load_clip(config.checkpoint, config.revision, config.dtype, device)
-        self._images = Images(self._model.visual)
-        self._device, self._dtype = device, DTYPES[config.dtype]
-        self.unit_bytes = image_bytes(self._model.visual, self._dtype)
+    def __init__(self, visual: Any, features: Callable[[torch.Tensor], torch.Tensor], device: str, dtype: torch.dtype):
+        self._images, self._features = Images(visual), features
+        self._device, self._dtype = device, dtype
+        self.unit_bytes = image_bytes(visual, dtype)
         probe = np.zeros((1, *self._images.size, 3), np.uint8)
         self.dimension = self.encode([probe])[0].shape[1]
 
@@ -258,7 +236,17 @@ class Encoder:
         """Number of images."""
         return len(prepared)
 
+    @torch.inference_mode()
     def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """(T, dimension) float32 per clip."""
-        chunk = chunk_images(self.unit_bytes, self._device)
-        return encode_images(batch, self._model.encode_image, self._images, self._device, self._dtype, chunk)
+        """Clips of (T_i, H, W, 3) uint8 to (T_i, C) float32 each, projected and not normalised, in one pass."""
+        images = self._images.to_input(np.concatenate(batch), self._device, self._dtype)
+        found = self._features(images).float().cpu().numpy()
+        return np.split(found, np.cumsum([len(clip) for clip in batch])[:-1])
+
+
+class Encoder(ImageEncoder):
+    """CLIP's image tower."""
+
+    def __init__(self, config: Config, device: str):
+        model, _ = load_clip(config.checkpoint, config.revision, config.dtype, device)
+        super().__init__(model.visual, model.encode_image, device, DTYPES[config.dtype])

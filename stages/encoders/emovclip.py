@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from stages.encoders.checkpoints import DTYPES, Dtype
-from stages.encoders.clip import Images, chunk_images, encode_images, image_bytes, load_clip
+from stages.encoders.clip import ImageEncoder, load_clip
 from stages.errors import PipelineError
 
 INIT_STD = 0.02  # of the prompts that no word initialises, as in ViFi-CLIP
@@ -185,26 +184,10 @@ class Config:
     prompts: str
 
 
-class Encoder:
+class Encoder(ImageEncoder):
     """One feature per frame under the given prompts; the mean over a clip's frames is its video feature."""
 
     def __init__(self, config: Config, device: str):
         model, _ = load_promptable(config.checkpoint, config.revision, config.dtype, device)
-        self._clip = PromptedCLIP(model, load_prompts(config.prompts, model).to(device))
-        self._images = Images(model.visual)
-        self._device, self._dtype = device, DTYPES[config.dtype]
-        self.unit_bytes = image_bytes(model.visual, self._dtype)
-        self.dimension = self.encode([np.zeros((1, *self._images.size, 3), np.uint8)])[0].shape[1]
-
-    def prepare(self, item: Sequence[bytes]) -> np.ndarray:
-        """JPEG bytes of one clip's frames to (T, H, W, 3) uint8. Skip if there are none or one is broken."""
-        return self._images.decode(item)
-
-    def size(self, prepared: np.ndarray) -> int:
-        """Number of frames."""
-        return len(prepared)
-
-    def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """(T, dimension) float32 per clip, projected and not normalised."""
-        chunk = chunk_images(self.unit_bytes, self._device)
-        return encode_images(batch, self._clip.frame_features, self._images, self._device, self._dtype, chunk)
+        prompted = PromptedCLIP(model, load_prompts(config.prompts, model).to(device))
+        super().__init__(model.visual, prompted.frame_features, device, DTYPES[config.dtype])

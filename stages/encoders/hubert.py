@@ -36,6 +36,8 @@ class Config:
 class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per audio sample in a batch."""
 
+    padded = True
+
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)
         name = config.checkpoint

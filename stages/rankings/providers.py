@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from stages.devices import pick_device
 from stages.errors import PipelineError
-from stages.extraction import pick_device
 from stages.fingerprint import checkpoint_digest
 from stages.params import Params, Rankings
 from stages.rankings.cache import Answer, Cache

@@ -1,0 +1,64 @@
+"""What the machine has: which devices compute, how many processes decode, how much memory a batch may take."""
+
+import os
+
+from stages.errors import PipelineError
+from stages.params import Runtime
+
+NARROW = 256  # features; the smallest published encoders have 512
+CPU_BATCH_BYTES = 54 << 20  # about what its caches hold: 16 images of ViT-B/32, the fastest, as measured
+GPU_BATCH_BYTES = 4 << 30  # fills an H200; more would only put short clips beside long ones
+
+
+def pick_devices(device: str) -> list[str]:
+    """`auto`: every GPU, or the CPU; `cuda`: every GPU. Raises PipelineError where the GPU asked for is not there."""
+    if device == "cpu":
+        return ["cpu"]
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise PipelineError(
+            f"params.yaml: runtime.device: found {device}, but this machine has {count} usable GPUs; "
+            f"expected auto, cpu{''.join(f', cuda:{i}' for i in range(count))}"
+        )
+    return [device] if ":" in device else [f"cuda:{i}" for i in range(count)]
+
+
+def pick_device(device: str) -> str:
+    """The one device of a stage that uses one: the first of pick_devices."""
+    return pick_devices(device)[0]
+
+
+def pick_workers(runtime: Runtime) -> int:
+    """Decoding workers: runtime.workers, or the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if runtime.workers == "auto" else runtime.workers
+
+
+def set_threads(narrow: bool) -> None:
+    """On a CPU, one thread for a narrow network, else all cores.
+
+    Threads meet after every operation. Where an operation takes microseconds they only wait for one another, ten
+    times as long as they compute when anything else runs on the machine.
+    """
+    import torch
+
+    torch.set_num_threads(1 if narrow else len(os.sched_getaffinity(0)))
+
+
+def batch_bytes(runtime: Runtime, device: str) -> int:
+    """Activations that one forward pass may take: runtime.batch_memory_mb, or by device.
+
+    On a GPU at most half of its free memory. On a CPU little: there computing binds, and padding only costs.
+    """
+    if runtime.batch_memory_mb != "auto":
+        return runtime.batch_memory_mb << 20
+    if not device.startswith("cuda"):
+        return CPU_BATCH_BYTES
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free // 2, GPU_BATCH_BYTES)

@@ -1,0 +1,95 @@
+"""Work of the engine that is one function per clip, in worker processes that may crash or hang: the media stages."""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.corpus.manifest import read_manifest
+from stages.devices import pick_workers
+from stages.errors import Skip
+from stages.extraction import Input, Stage, extract
+from stages.fingerprint import stage_fingerprint
+from stages.params import Params
+from stages.store import Row
+
+
+def extract_media(name: str, out: Path, kind: str, function: Callable[[str, str], Row], params: Params,
+                  attributes: Mapping[str, Any]) -> None:
+    """Write a media store: `function(clip_id, path) -> Row` over the manifest's clips, in worker processes."""
+    root = Path(params.corpus.path)
+    inputs = [Input(c.clip_id, str(root / c.path), bytes.fromhex(c.digest)) for c in read_manifest()]
+    stage = Stage(name, out, kind, attributes, stage_fingerprint(name))
+    runtime = params.runtime
+    extract(stage, inputs, PerClip(function, pick_workers(runtime), runtime.clip_timeout_seconds), params, ["cpu"])
+
+
+class PerClip:
+    """Media work: `function(clip_id, item) -> Row` in worker processes.
+
+    A clip whose decoder crashes or takes longer than `timeout` seconds costs that clip alone and is recorded.
+    `function` raises Skip(reason) for a clip it can't use.
+    """
+
+    def __init__(self, function: Callable[[str, Any], Row], workers: int, timeout: float):
+        self.function, self.workers, self.timeout = function, workers, timeout
+        self.attributes: Mapping[str, Any] = {}
+
+    def open(self, device: str) -> None:
+        self._pool = Workers(self.workers, self.timeout)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
+        begun: deque[tuple[Sequence[Input], Iterator[Any]]] = deque()
+        for chunk in chunks:
+            todo = [(clip.clip_id, clip.item) for clip in chunk if not clip.absent]
+            begun.append((chunk, self._pool.map(self.function, todo)))
+            if len(begun) > 1:  # so that no worker rests while a shard's last clips are decoded
+                yield self._rows(*begun.popleft())
+        while begun:
+            yield self._rows(*begun.popleft())
+
+    def _rows(self, chunk: Sequence[Input], results: Iterator[Any]) -> list[Row]:
+        rows = [Row(clip.clip_id) if clip.absent else next(results) for clip in chunk]
+        return [
+            Row(clip.clip_id, reason=str(row)) if isinstance(row, Skip) else row
+            for clip, row in zip(chunk, rows, strict=True)
+        ]
+
+
+class Workers:
+    """Worker processes that may crash or hang: each such task costs itself alone, its worker is replaced (pebble)."""
+
+    def __init__(self, count: int, timeout: float):
+        from pebble import ProcessPool
+
+        self.timeout = timeout
+        # spawn: a fork of a process with threads (HDF5, OpenMP) can dead-lock
+        self._pool = ProcessPool(count, context=multiprocessing.get_context("spawn"))
+
+    def map(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results in order; all work is begun at once.
+
+        In place of a result: Skip, whether raised by the function, or for a crash or time-out.
+        """
+        return self._results(deque(self._pool.schedule(function, a, timeout=self.timeout) for a in arguments))
+
+    def _results(self, futures: deque[Any]) -> Iterator[Any]:
+        from pebble import ProcessExpired
+
+        while futures:
+            try:
+                yield futures.popleft().result()
+            except Skip as skip:
+                yield skip
+            except TimeoutError:
+                yield Skip(f"stopped after {self.timeout:g} s without a result")
+            except ProcessExpired as error:
+                yield Skip(f"the decoder crashed (exit code {error.exitcode})")
+
+    def close(self) -> None:
+        self._pool.close()
+        self._pool.join()
