@@ -49,6 +49,16 @@ def set_threads(narrow: bool) -> None:
     torch.set_num_threads(1 if narrow else len(os.sched_getaffinity(0)))
 
 
+def free_bytes(device: str) -> int:
+    """Memory for activations: what is free on a GPU; on a CPU half of the machine's."""
+    if not device.startswith("cuda"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def batch_bytes(runtime: Runtime, device: str) -> int:
     """Activations that one forward pass may take: runtime.batch_memory_mb, or by device.
 
@@ -56,9 +66,4 @@ def batch_bytes(runtime: Runtime, device: str) -> int:
     """
     if runtime.batch_memory_mb != "auto":
         return runtime.batch_memory_mb << 20
-    if not device.startswith("cuda"):
-        return CPU_BATCH_BYTES
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    return min(free // 2, GPU_BATCH_BYTES)
+    return min(free_bytes(device) // 2, GPU_BATCH_BYTES) if device.startswith("cuda") else CPU_BATCH_BYTES

@@ -125,7 +125,6 @@ class EmoVCLIP(Section):
     warmup_epochs: NonNegative
     weight_decay: Annotated[float, Field(ge=0)]
     label_smoothing: Probability
-    gradient_checkpointing: bool
     seed: NonNegative
     keep_frames: bool
 
@@ -164,6 +163,7 @@ class Runtime(Section):
     workers: Literal["auto"] | Positive
     executor: Literal["local"]
     batch_memory_mb: Literal["auto"] | Positive
+    gradient_checkpointing: Literal["auto"] | bool
     clip_timeout_seconds: PositiveFloat
     keep_parts: bool
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.corpus.manifest import read_folds, read_manifest, write_rows
-from stages.devices import NARROW, pick_device, pick_workers, set_threads
+from stages.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
 from stages.errors import PipelineError, run_stage
 from stages.extraction import PARTS
 from stages.files import replacing
@@ -99,7 +99,7 @@ def train_all(p: Params, device: str) -> list[list[float]]:
 
     from stages.encoders.clip import Images
     from stages.encoders.emovclip import PromptedCLIP, initial_prompts, label_tokens, load_promptable
-    from stages.encoders.emovclip_training import Clips, Recipe, Trainer
+    from stages.encoders.emovclip_training import Clips, Recipe, Trainer, training_bytes
 
     e = p.emovclip
     store, folds = Store("data/frames"), read_folds()
@@ -111,7 +111,8 @@ def train_all(p: Params, device: str) -> list[list[float]]:
     fold_of = np.array([folds[clip.clip_id] for clip in clips])
     model, name = load_promptable(e.checkpoint, e.revision, e.dtype, device)
     set_threads(model.visual.output_dim < NARROW)
-    if e.gradient_checkpointing:
+    chosen = p.runtime.gradient_checkpointing
+    if chosen is True or (chosen == "auto" and training_bytes(model, e.batch_size * e.frames) > free_bytes(device)):
         model.set_grad_checkpointing(True)
     images = Images(model.visual)
     tokens = label_tokens(get_tokenizer(name), e.template, p.corpus.labels, e.prompts)

@@ -20,8 +20,18 @@ from stages.corpus.manifest import Clip, write_manifest, write_rows
 from stages.encoders import emovclip
 from stages.encoders.clip import Images, load_clip
 from stages.encoders.emovclip import PromptedCLIP, Prompts, initial_prompts, label_tokens, video_features
-from stages.encoders.emovclip_training import Clips, Recipe, Trainer, augment, colour_jitter, schedule, segments
+from stages.encoders.emovclip_training import (
+    Clips,
+    Recipe,
+    Trainer,
+    augment,
+    colour_jitter,
+    schedule,
+    segments,
+    training_bytes,
+)
 from stages.errors import PipelineError
+from stages.params import load
 from stages.store import Row, Store, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +138,42 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
         gradients.append([parameter.grad for parameter in clip.prompts.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None and recomputed is not None and torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
+
+
+def test_the_estimate_of_saved_activations_is_about_right(folder: Path) -> None:
+    clip, _ = loaded(folder, prompts=1)
+    weights = {parameter.data_ptr() for parameter in clip.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        features = clip.frame_features(torch.zeros(8, 3, SIDE, SIDE))
+    assert features.requires_grad and 0.7 < training_bytes(clip.model, 8) / sum(saved.values()) < 1.5
+
+
+@pytest.mark.parametrize(("chosen", "free", "expected"),
+                         [("auto", 1 << 40, False), ("auto", 1 << 10, True), (True, 1 << 40, True), (False, 0, False)])
+def test_gradients_are_checkpointed_when_memory_asks(
+    house: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | bool, free: int, expected: bool
+) -> None:
+    p = load()
+    runtime = p.runtime.model_copy(update={"gradient_checkpointing": chosen})
+    monkeypatch.setattr(train_emovclip, "load", lambda: p.model_copy(update={"runtime": runtime}))
+    monkeypatch.setattr(train_emovclip, "free_bytes", lambda device: free)
+    used: list[bool] = []
+    run_epoch = Trainer.run_epoch
+
+    def noted(self: Trainer) -> float:
+        used.append(self.clip.model.visual.transformer.grad_checkpointing)
+        return run_epoch(self)
+
+    monkeypatch.setattr(Trainer, "run_epoch", noted)
+    train_emovclip.main()
+    assert set(used) == {expected}
 
 
 def test_a_model_without_class_token_is_refused(folder: Path, tmp_path: Path) -> None:
