@@ -1,5 +1,6 @@
 """Decoding: every odd clip gives samples and frames, or a reason; never a crash, never silence about a loss."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from stages.errors import Skip
 from stages.media import centerface
 from stages.media.audio import load_audio
 from stages.media.faces import Face, Tracker, align
-from stages.media.frames import sample_frames, segment_midpoints
+from stages.media.frames import FrameStream, sample_frames, segment_midpoints
 
 
 def sound(path: Path, samples: np.ndarray, rate: int, codec: str = "pcm_s16le", layout: str = "mono") -> Path:
@@ -129,6 +130,28 @@ def test_odd_videos_give_their_frames(tmp_path: Path, name: str, options: dict) 
     assert np.abs([brightness(j) - (20 + 4 * i) for j, i in zip(images, indices, strict=True)]).max() < 8
 
 
+@pytest.mark.parametrize(
+    ("matrix", "corner"),  # of QuickTime's track header: a, b, c, d; where the top left corner is shown
+    [((0, 1, -1, 0), (0, 1)), ((-1, 0, 0, -1), (1, 1)), ((0, -1, 1, 0), (1, 0)), ((1, 0, 0, 1), (0, 0))],
+)
+def test_a_rotated_clip_is_turned_upright(
+    tmp_path: Path, matrix: tuple[int, int, int, int], corner: tuple[int, int]
+) -> None:
+    path = video(tmp_path / "v.mp4", 5, (96, 64))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40  # version and flags, times, track, layer, volume
+    assert content[at : at + 4] == b"\x00\x01\x00\x00"
+    a, b, c, d = (struct.pack(">i", value << 16) for value in matrix)
+    content[at : at + 36] = a + b + bytes(4) + c + d + bytes(4) + bytes(8) + struct.pack(">i", 1 << 30)
+    path.write_bytes(content)
+    images, _, _ = sample_frames(path, 1, 224, 95)
+    for image in (cv2.imdecode(np.frombuffer(images[0], np.uint8), cv2.IMREAD_GRAYSCALE),
+                  cv2.cvtColor(next(iter(FrameStream(path, 1)))[1], cv2.COLOR_RGB2GRAY)):
+        assert image.shape == ((96, 64) if matrix[0] == 0 else (64, 96))
+        rows, columns = np.nonzero(image > 200)
+        assert (rows.mean() > image.shape[0] / 2, columns.mean() > image.shape[1] / 2) == corner
+
+
 def test_large_frames_are_shrunk_and_small_ones_kept(tmp_path: Path) -> None:
     for size, expected in (((640, 480), (224, 299)), ((64, 48), (48, 64))):
         images, _, _ = sample_frames(video(tmp_path / f"{size[0]}.mp4", 3, size), 1, 224, 95)
@@ -172,6 +195,25 @@ def test_the_main_face_is_the_one_that_lasts_not_the_one_that_comes_first() -> N
     tracks = [tracker.update(found) for found in (
         [face(0, 20)], [face(200, 30), face(2, 20)], [face(3, 20), face(202, 30)], [face(204, 30)], [face(207, 31)])]
     assert tracker.main == tracks[1][0] == tracks[2][1] == tracks[4][0] != tracks[0][0]
+
+
+def test_the_speaker_is_followed_although_a_bystander_is_seen_first(tmp_path: Path) -> None:
+    speaker, bystander = portrait(), cv2.resize(portrait("anger"), (160, 120), interpolation=cv2.INTER_AREA)
+    frames = []
+    for i in range(6):
+        image = np.full((240, 560, 3), 90, np.uint8)
+        image[60:180, 10:170] = bystander
+        if i >= 2:
+            image[:, 200 + 4 * i : 520 + 4 * i] = speaker  # and moves
+        frames.append((i, image))
+    detector = centerface.load_detector()
+    assert [len(faces) for faces in detector.detect([image for _, image in frames], 0.5)] == [1, 1, 2, 2, 2, 2]
+    crops, indices, _ = centerface.crop_faces(frames, 128, 0.5, 95, detector)
+    assert indices == [2, 3, 4, 5]
+    [alone], _, _ = centerface.crop_faces([(0, speaker)], 128, 0.5, 95, detector)
+    for crop in crops:
+        ours, expected = (cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_GRAYSCALE) for jpeg in (crop, alone))
+        assert np.abs(ours[20:108, 30:98].astype(int) - expected[20:108, 30:98]).mean() < 12
 
 
 def test_alignment_puts_the_eyes_where_they_belong() -> None:
