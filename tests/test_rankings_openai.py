@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from chat_server import (
     ranking_of,
     raw,
     say,
+    serving,
     stall,
     transcript_of,
 )
@@ -36,31 +36,21 @@ from chat_server import (
 from stages.errors import PipelineError
 from stages.rankings import openai_provider
 from stages.rankings.cache import Answer, Cache
-from stages.rankings.openai_provider import OpenAI, Patience, estimate_tokens, parse_retry_after
+from stages.rankings.chat import OUTPUT_TOKENS, Chat, Patience, estimate_tokens, parse_retry_after
+from stages.rankings.openai_provider import OpenAI
 
 HASTY = Patience(attempts=8, answers=3, first_wait=0.005, longest_wait=0.05, timeout=20)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(Server()) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def provider(url: str, **options: Any) -> OpenAI:
-    defaults: dict[str, Any] = {
-        "base_url": url,
-        "api_key": KEY,
-        "price": (2.5, 10.0),
-        "max_cost_usd": 1000.0,
-        "concurrency": 4,
-        "patience": HASTY,
-    }
-    return OpenAI("gpt-test", LABELS, "v1", **(defaults | options))
+    defaults: dict[str, Any] = {"price": (2.5, 10.0), "max_cost_usd": 1000.0, "concurrency": 4, "patience": HASTY}
+    return OpenAI(Chat("gpt-test", LABELS, "v1", url, KEY), **(defaults | options))
 
 
 def ask(url: str, transcripts: list[str], **options: Any) -> list[Answer]:
@@ -249,7 +239,7 @@ def test_requests_under_way_count_with_their_worst_case(server: Server) -> None:
         time.sleep(0.05)
         sent = len(json.dumps(request["messages"], ensure_ascii=False).encode())
         content = json.dumps({"ranking": LABELS})
-        handler.send(200, completion(content, tokens=(sent, openai_provider.OUTPUT_TOKENS)))
+        handler.send(200, completion(content, tokens=(sent, OUTPUT_TOKENS)))
 
     server.default = greedy
     asker = provider(server.url, max_cost_usd=0.1, concurrency=16)
