@@ -171,6 +171,7 @@ STOPPERS = {
     "bad key": (fail(401, f"Incorrect API key provided: {KEY}"), "rankings.api_key_env"),
     "no access": (fail(403, "country not supported"), "country not supported"),
     "unknown model": (fail(404, "The model `gpt-test` does not exist"), "rankings.model: gpt-test"),
+    "unknown model, with 400": (fail(400, "Model Not Exist", "model_not_found"), "rankings.model: gpt-test"),
     "no credit": (fail(429, "You exceeded your current quota", "insufficient_quota"), "no credit"),
     "closed for the day": (fail(429, "daily limit", Retry_After="40000"), "wait for 40000 s"),
 }
@@ -205,17 +206,25 @@ def test_transcripts_that_could_not_be_asked_fail_the_stage_however_few(server: 
     assert server.answered == {"二": 1, "三": 1}
 
 
+@pytest.mark.parametrize("form", ["OpenAI", "FastAPI"])
 @pytest.mark.parametrize("field", ["temperature", "response_format", "max_tokens"])
-def test_a_request_field_that_the_server_does_not_know_is_left_out(server: Server, field: str) -> None:
+def test_a_request_field_that_the_server_does_not_know_is_left_out(
+    server: Server, field: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fastapi(handler: Handler, request: dict[str, Any]) -> None:
+        handler.send(422, json.dumps({"detail": f"Unexpected fields in the request: {{'{field}'}}"}).encode())
+
+    refusal = fastapi if form == "FastAPI" else fail(400, f"Unsupported parameter: '{field}'.")
+
     def picky(handler: Handler, request: dict[str, Any]) -> None:
-        plan = fail(400, f"Unsupported parameter: '{field}'.") if field in request else answer
-        plan(handler, request)
+        (refusal if field in request else answer)(handler, request)
 
     server.default = picky
     answers = ask(server.url, ["一", "二", "三", "四", "五"])
     assert all(a.ranking for a in answers)
     assert field not in server.requests[-1]
     assert "max_tokens" in server.requests[-1] or "max_completion_tokens" in server.requests[-1]
+    assert capsys.readouterr().err.count(f"does not take {field} (Un") == 1
 
 
 def test_the_cost_limit_is_never_passed(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +238,11 @@ def test_the_cost_limit_is_never_passed(server: Server, capsys: pytest.CaptureFi
     assert asker.budget.spent == pytest.approx(spent)
     assert len(answers) == len(server.requests)
     said = capsys.readouterr().out
-    assert "estimate:" in said.splitlines()[0] and "rankings.max_cost_usd: 0.05" in said.splitlines()[0]
+    first, *_, last = said.splitlines()
+    assert "200 transcripts to ask" in first and "estimate:" in first and "rankings.max_cost_usd: 0.05" in first
+    count = len(answers)
+    assert f"{count} of 200 transcripts ranked, {count * TOKENS_IN} input and {count * TOKENS_OUT} output" in last
+    assert f"{spent:.4f} USD spent in all" in last
 
 
 def test_requests_under_way_count_with_their_worst_case(server: Server) -> None:

@@ -128,7 +128,7 @@ class Chat:
 
     def judge(self, error: "APIStatusError", sent: dict[str, Any]) -> Exception:
         """What an HTTP error means: a Fault to try again, a Refused transcript, or a PipelineError to end the run."""
-        status, said = error.status_code, self.clean(error.message)
+        status, said = error.status_code, self.clean(complaint(error))
         if status in (408, 409, 425, 429) or status >= 500:
             retry_after = parse_retry_after(error.response.headers)
             if error.code == "insufficient_quota":
@@ -160,6 +160,12 @@ class Chat:
         """One short line without the key, whatever a server writes."""
         line = " ".join(str(text).split()).replace(self.api_key, "***")
         return re.sub(r"\bsk-[\w*-]+", "***", line)[:300]
+
+
+def complaint(error: "APIStatusError") -> str:
+    """What the server wrote: OpenAI's message, FastAPI's detail (transformers serve, vLLM), or else the status."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or body.get("detail") or error.message)
 
 
 def waits(patience: Patience) -> "Callable[[RetryCallState], float]":

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.errors import PipelineError
 from stages.rankings.cache import BATCH_DISCOUNT, Answer, Cache
-from stages.rankings.chat import Chat, Fault, Patience, Refused, waits
+from stages.rankings.chat import Chat, Fault, Patience, Refused, complaint, waits
 from stages.rankings.journal import Job, Journal
 from stages.rankings.openai_provider import OpenAI
 
@@ -212,14 +212,14 @@ class Batches:
                 metadata={MARK: job.key},
             ).id
         except openai.APIStatusError as error:
-            unknown_file = job.file_id in error.message
+            unknown_file = job.file_id in complaint(error)
             if error.status_code < 500:  # it was understood and refused
                 job.creating = None
                 if unknown_file and time.time() > job.created + DAY:  # expired since
                     job.file_id = None
                 self.journal.save(job)
             if unknown_file:  # just uploaded, and not known everywhere at once
-                raise Fault(self.chat.clean(error.message)) from None
+                raise Fault(self.chat.clean(complaint(error))) from None
             raise
 
     def _find(self, client: "openai.OpenAI", job: Job) -> str | None:
@@ -362,7 +362,7 @@ class Batches:
         try:
             return call()
         except openai.NotFoundError as error:
-            said = self.chat.clean(error.message)
+            said = self.chat.clean(complaint(error))
             raise PipelineError(f"rankings.batch: {self.chat.base_url} has no Batch API ({said}); set false") from None
         except openai.APIStatusError as error:
             raise self.chat.judge(error, {}) from None
