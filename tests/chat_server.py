@@ -32,7 +32,12 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client was killed
+            self.close_connection = True
+            return
+        request = json.loads(content)
         with self.server.lock:
             self.server.requests.append(request)
             self.server.times.append(time.monotonic())
