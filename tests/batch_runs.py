@@ -45,12 +45,14 @@ def nothing_under_way(folder: Path) -> bool:
     return not list(Journal(store(folder)).folder.iterdir())
 
 
-def killed(server: BatchServer, folder: Path, prepare: Callable[[], None] = lambda: None) -> int | None:
+def killed(
+    server: BatchServer, folder: Path, prepare: Callable[[], None] = lambda: None, **options: Any
+) -> int | None:
     """Ask in a process of its own, which something kills; its exit code."""
 
     def work() -> None:
         prepare()
-        ask(server, folder)
+        ask(server, folder, **options)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     server.victim = None

@@ -163,6 +163,21 @@ def test_a_corpus_that_changed_meanwhile_still_gets_what_was_paid_for(server: Ba
     assert server.paid == dict.fromkeys([*TRANSCRIPTS, "新的一句"], 1)
 
 
+def test_a_limit_that_the_batch_under_way_uses_up_does_not_keep_it_from_being_collected(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    many = [f"第{i}句" for i in range(60)]
+    server.kill = ("poll", "after")
+    assert killed(server, tmp_path, transcripts=many, max_cost_usd=0.03) == -signal.SIGKILL
+    under_way = sum(len(content.splitlines()) for kind, content in server.files.values() if kind == "input")
+    assert 0 < under_way < 59
+    with pytest.raises(PipelineError, match="rankings.max_cost_usd: found 0.03"):
+        ask(server, tmp_path, many, max_cost_usd=0.03)
+    assert len(rankings(tmp_path, many)) == server.paid.total() > under_way and 0.02 < server.bill <= 0.03
+    ask(server, tmp_path, many)
+    assert server.paid == dict.fromkeys(many, 1)
+
+
 def test_an_upload_that_expired_is_repeated(server: BatchServer, tmp_path: Path) -> None:
     server.kill = ("create", "before")
     killed(server, tmp_path)

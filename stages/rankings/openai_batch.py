@@ -62,6 +62,7 @@ class Batches:
         self._invalid: list[str] = []  # what batches brought no ranking for
         self._largest, self._one_at_a_time = MAX_REQUESTS, False
         self._at_once = 0  # batches under way in this round of polls
+        self._probed = False  # by one direct request in this run
         self._barren, self._last_fault = 0, "no reason given"
         self._shown: dict[str, str] = {}
 
@@ -78,12 +79,15 @@ class Batches:
         self._todo = deque(t for t in transcripts if t not in under_way)
         self._print_estimate()
         try:
-            if self._todo:
-                self._ask_directly([self._todo.popleft()], record)
             with openai.OpenAI(
                 api_key=self.chat.api_key, base_url=self.chat.base_url, timeout=self.patience.timeout, max_retries=0
             ) as client:
-                self._run_batches(client, record)
+                while self._todo or self._jobs:
+                    if self._probed or self._jobs:
+                        self._run_batches(client, record)
+                    else:
+                        self._probed = True
+                        self._ask_directly([self._todo.popleft()], record)
             if self._invalid:
                 self._ask_directly(self._invalid, record)
         finally:
@@ -109,13 +113,9 @@ class Batches:
         return BATCH_DISCOUNT * (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
 
     def _ask_directly(self, transcripts: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
-        reserved = sum(job.worst_usd for job in self._jobs)
+        """With no batch under way, whose worst case would have to be left room for."""
         provider = OpenAI(
-            self.chat,
-            price=self.price,
-            max_cost_usd=self.limit - reserved,
-            spent_usd=self.spent,
-            patience=self.patience,
+            self.chat, price=self.price, max_cost_usd=self.limit, spent_usd=self.spent, patience=self.patience
         )
         try:
             provider.rank(transcripts, record)
@@ -123,7 +123,7 @@ class Batches:
             self.spent = provider.budget.spent
 
     def _run_batches(self, client: "openai.OpenAI", record: Callable[[Sequence[Answer]], None]) -> None:
-        """Until nothing is left to ask or to wait for. Raises PipelineError; what is under way then goes on there."""
+        """Until no batch is under way or to be made. Raises PipelineError; what is under way then goes on there."""
         try:
             self._loop(client, record)
         except PipelineError as error:
@@ -132,7 +132,7 @@ class Batches:
 
     def _loop(self, client: "openai.OpenAI", record: Callable[[Sequence[Answer]], None]) -> None:
         wait = self.patience.first_poll
-        while self._todo or self._jobs:
+        while self._jobs or (self._todo and self._probed):
             while (job := self._next_job()) is not None:
                 self._jobs.append(job)
                 wait = self.patience.first_poll
@@ -153,7 +153,7 @@ class Batches:
 
         Raises PipelineError where not even one request fits below max_cost_usd.
         """
-        if not self._todo or (self._jobs and self._one_at_a_time):
+        if not self._todo or not self._probed or (self._jobs and self._one_at_a_time):
             return None
         room = self.limit - self.spent - sum(job.worst_usd for job in self._jobs) + 1e-9  # rounding
         lines: list[str] = []
