@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from batch_runs import RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, http_error, not_run, said
-from chat_server import KEY, LABELS, drop, fail, ranking_of, say, serving
+from chat_server import KEY, LABELS, drop, fail, ranking_of, raw, say, serving
 
 from stages.errors import PipelineError
 from stages.rankings import openai_batch
@@ -128,6 +128,12 @@ def test_a_fault_of_the_line_at_any_step_is_overcome(
     ask(server, tmp_path)
     assert rankings(tmp_path) == RANKINGS and nothing_under_way(tmp_path)
     assert server.paid == dict.fromkeys(TRANSCRIPTS, 1)  # even where the reply to `create` was lost
+
+
+def test_a_download_that_is_cut_off_is_repeated(server: BatchServer, tmp_path: Path) -> None:
+    server.faults["output"] = [raw(b'{"id": "batch_req_0", "custom')]
+    ask(server, tmp_path)
+    assert rankings(tmp_path) == RANKINGS and server.paid == dict.fromkeys(TRANSCRIPTS, 1)
 
 
 def test_a_batch_that_the_list_shows_late_is_not_created_twice(server: BatchServer, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.errors import PipelineError
@@ -323,21 +323,20 @@ class Batches:
         self._last_fault = said
         return None
 
-    def _download(self, client: "openai.OpenAI", job: Job, file_id: str) -> Iterator[dict[str, Any]]:
+    def _download(self, client: "openai.OpenAI", job: Job, file_id: str) -> list[dict[str, Any]]:
         import openai
 
-        def content() -> bytes:
+        def lines() -> list[dict[str, Any]]:
             try:
-                return client.files.content(file_id).content
+                content = client.files.content(file_id).content
             except openai.NotFoundError:
                 raise PipelineError(
                     f"{self.journal.state(job)}: the server has deleted the answers of batch {job.batch_id} "
                     f"({file_id}); delete the file to ask for them again"
                 ) from None
+            return [json.loads(line) for line in content.split(b"\n") if line.strip()]
 
-        for line in self._call(content, POLL_ATTEMPTS).split(b"\n"):
-            if line.strip():
-                yield json.loads(line)
+        return self._call(lines, POLL_ATTEMPTS)
 
     # ------------------------------------------------------------ one call of the API
 

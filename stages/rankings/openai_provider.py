@@ -8,6 +8,8 @@ Every answer is handed to `record`, which stores it, before the worker asks its 
 Costs: `max_cost_usd` is never passed. A request starts only if the money spent, the worst cases of all requests under
 way and its own fit. Worst case: one token per UTF-8 byte sent (no byte-level tokenizer makes more) and the full output
 allowance. A request whose answer got lost (time-out, dropped connection) counts with its worst case: it may be billed.
+Of what a killed process had under way (CONCURRENCY requests at most) nothing is known: it may be billed, is not counted
+and is asked again.
 """
 
 import asyncio
