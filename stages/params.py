@@ -91,6 +91,7 @@ class Rankings(Section):
     revision: str | None
     base_url: str | None
     api_key_env: str
+    batch: bool
     prompt_version: Literal["v1"]
     max_cost_usd: Annotated[float, Field(ge=0)]
     price_per_million: Price

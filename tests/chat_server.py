@@ -4,17 +4,20 @@ import hashlib
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 KEY = "lab-0123456789-secret"  # unlike the vendor's, whose prefix gives them away
 TOKENS_IN, TOKENS_OUT = 300, 40  # what the server says that a request took
 
+S = TypeVar("S", bound="Server")
 Plan = Callable[["Handler", dict[str, Any]], None]
 
 
@@ -29,16 +32,24 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client was killed
+            self.close_connection = True
+            return
+        request = json.loads(content)
         with self.server.lock:
             self.server.requests.append(request)
             self.server.times.append(time.monotonic())
             plan = self.server.script.pop(0) if self.server.script else self.server.default
-        if self.headers["Authorization"] != f"Bearer {self.server.key}":
+        if not self.authorized():
             plan = fail(401, f"Incorrect API key provided: {self.headers['Authorization']}", "invalid_api_key")
         if self.path != "/v1/chat/completions":
             plan = fail(404, "no such path")
         plan(self, request)
+
+    def authorized(self) -> bool:
+        return self.headers["Authorization"] == f"Bearer {self.server.key}"
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -58,8 +69,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[Handler] = Handler) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
@@ -67,6 +78,10 @@ class Server(ThreadingHTTPServer):
         self.default: Plan = answer
         self.answered: Counter[str] = Counter()
         self.key = KEY
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that the test killed
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -124,3 +139,14 @@ def stall(seconds: float) -> Plan:
 
 def raw(body: bytes, content_type: str = "application/json") -> Plan:
     return lambda handler, request: handler.send(200, body, {"Content-Type": content_type})
+
+
+@contextmanager
+def serving(server: S) -> Iterator[S]:
+    """Run the server in a thread for as long as the block lasts."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from media_files import write_small_clip
+from media_files import remux, write_small_clip
 from ruamel.yaml import YAML
 
 from stages.corpus import csv_file, mer2023, mer2024, mer2025
-from stages.corpus.layout import Entry
+from stages.corpus.__main__ import ADAPTERS
+from stages.corpus.layout import Entry, known_label
 from stages.corpus.manifest import read_manifest
 from stages.errors import PipelineError
 from stages.params import read_yaml
@@ -45,6 +46,26 @@ def make_mer2024(root: Path, clip: Path) -> None:
     table(root / "candidate_20000.csv", "name", "t1")
 
 
+def make_mer2023(root: Path, clip: Path) -> None:
+    place(clip, *(root / f"{folder}/{folder}_clip.mov" for folder in ("train", "test1", "test2", "test3")))
+    table(root / "train-label.csv", "name,discrete,valence", "train_clip,angry,-3")
+
+
+def make_mer2025(root: Path, clip: Path) -> None:
+    place(clip, *(root / f"video/{name}.webm" for name in "abc"))
+    table(root / "track1_train_disdim.csv", "name,discrete,valence", "a,sad,-3")
+    table(root / "track_all_candidates.csv", "name", "a", "b")
+    table(root / "subtitle_chieng.csv", "name,chinese,english", "b,啊,ah")
+
+
+def make_csv(root: Path, clip: Path) -> None:
+    place(clip, root / "x.mp4", root / "y.mp4")
+    table(root / "clips.csv", "path,split,label", "x.mp4,labelled,happy", "y.mp4,unlabelled,")
+
+
+MAKE = {"mer2024": make_mer2024, "mer2023": make_mer2023, "mer2025": make_mer2025, "csv": make_csv}
+
+
 def by_name(entries: list[Entry]) -> dict[str, Entry]:
     return {entry.clip_id: entry for entry in entries}
 
@@ -61,8 +82,7 @@ def test_mer2024(tmp_path: Path, clip: Path) -> None:
 
 
 def test_mer2023(tmp_path: Path, clip: Path) -> None:
-    place(clip, *(tmp_path / f"{f}/{f}_clip.mov" for f in ("train", "test1", "test2", "test3")))
-    table(tmp_path / "train-label.csv", "name,discrete,valence", "train_clip,angry,-3")
+    make_mer2023(tmp_path, clip)
     found = by_name(mer2023.read(tmp_path, LABELS))
     assert {name: entry.split for name, entry in found.items()} == {
         "train_clip": "labelled", "test1_clip": "test", "test2_clip": "test", "test3_clip": "unlabelled"}
@@ -70,10 +90,7 @@ def test_mer2023(tmp_path: Path, clip: Path) -> None:
 
 
 def test_mer2025(tmp_path: Path, clip: Path) -> None:
-    place(clip, *(tmp_path / f"video/{name}.webm" for name in "abc"))
-    table(tmp_path / "track1_train_disdim.csv", "name,discrete,valence", "a,sad,-3")
-    table(tmp_path / "track_all_candidates.csv", "name", "a", "b")
-    table(tmp_path / "subtitle_chieng.csv", "name,chinese,english", "b,啊,ah")
+    make_mer2025(tmp_path, clip)
     found = by_name(mer2025.read(tmp_path, LABELS))
     assert {name: entry.split for name, entry in found.items()} == {"a": "labelled", "b": "test", "c": "unlabelled"}
     assert found["a"].label == "sadness" and found["b"].transcript == "啊"
@@ -134,6 +151,100 @@ def test_faults_of_a_csv_corpus_name_the_row(tmp_path: Path, clip: Path, row: st
     assert expected in str(caught.value) and row.split(",")[0] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "damage", "expected"),
+    [
+        ("mer2023", lambda r: shutil.rmtree(r / "test2"), ["test2: no such folder"]),
+        ("mer2023", lambda r: (r / "train-label.csv").unlink(), ["train-label.csv: not found", "'discrete'"]),
+        ("mer2023", lambda r: table(r / "train-label.csv", "file,emotion", "train_clip,happy"),
+         ["found columns ['file', 'emotion'], expected ['name', 'discrete']"]),
+        ("mer2023", lambda r: shutil.copy(r / "train/train_clip.mov", r / "train/other.mov"),
+         ["1 clips without a row", "'other'"]),
+        ("mer2023", lambda r: table(r / "train-label.csv", "name,discrete", "train_clip,sad", "gone,sad"),
+         ["1 names without a clip", "'gone'"]),
+        ("mer2025", lambda r: shutil.rmtree(r / "video"), ["video: no such folder"]),
+        ("mer2025", lambda r: table(r / "track1_train_disdim.csv", "name,discrete", "a,sad", "z,sad"),
+         ["track1_train_disdim.csv: 1 names without a clip", "'z'"]),
+        ("mer2025", lambda r: table(r / "track_all_candidates.csv", "name", "b", "z"),
+         ["track_all_candidates.csv: 1 names without a clip", "'z'"]),
+        ("mer2025", lambda r: table(r / "track_all_candidates.csv", "names", "b"), ["found columns ['names']"]),
+        ("mer2025", lambda r: table(r / "subtitle_chieng.csv", "name,text", "b,x"), ["expected ['name', 'chinese']"]),
+        ("csv", lambda r: (r / "clips.csv").unlink(), ["clips.csv: not found", "'path', 'split', 'label'"]),
+        ("csv", lambda r: table(r / "clips.csv", "file,label", "x.mp4,happy"), ["found columns ['file', 'label']"]),
+        ("csv", lambda r: table(r / "clips.csv", "path;split;label", "x.mp4;labelled;sad"),
+         ["found columns ['path;split;label']"]),
+        ("csv", lambda r: table(r / "clips.csv", "split,label,path", "labelled,happy"), ["line 2", "no path"]),
+        ("csv", lambda r: table(r / "clips.csv", "path,split,label", "x" * 200_000),
+         ["after line 1", "expected a CSV"]),
+        ("csv", lambda r: table(r / "clips.csv", "path,split,label", "x" * 5000 + ",labelled,sad"), ["no such file"]),
+        ("csv", lambda r: table(r / "clips.csv", "path,split,label,name", "x.mp4,labelled,sad,../x"),
+         ["found name '../x', expected one without a slash"]),
+    ],
+)
+def test_faults_of_the_other_layouts_are_one_line(
+    tmp_path: Path, clip: Path, adapter: str, damage, expected: list[str]
+) -> None:
+    MAKE[adapter](tmp_path, clip)
+    damage(tmp_path)
+    with pytest.raises(PipelineError) as caught:
+        ADAPTERS[adapter](tmp_path, LABELS)
+    for part in expected:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("adapter", MAKE)
+@pytest.mark.parametrize("lies_in", ["", "video-labeled"])
+def test_a_wrong_folder_is_named(tmp_path: Path, clip: Path, adapter: str, lies_in: str) -> None:
+    """The folder above the corpus, or one within another corpus."""
+    MAKE[adapter](tmp_path / "corpus", clip)
+    place(clip, tmp_path / "video-labeled/a.mp4")
+    wrong = tmp_path / lies_in
+    with pytest.raises(PipelineError) as caught:
+        ADAPTERS[adapter](wrong, LABELS)
+    assert str(wrong) in str(caught.value) and "expected" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [("angry", "anger"), ("happy", "happiness"), ("sad", "sadness"), ("worried", "worry"), ("Neutral", "neutral"),
+     ("SURPRISE", "surprise"), ("Happy", "happiness"), ("anger", "anger")],
+)
+def test_label_spellings(label: str, expected: str) -> None:
+    assert known_label(label, LABELS, "x") == expected
+
+
+def test_a_label_set_of_ones_own_wins_over_the_spellings() -> None:
+    assert known_label("happy", ["happy", "sad"], "x") == "happy"
+    assert known_label("sad", ["Sad", "Happy"], "x") == "Sad"
+    with pytest.raises(PipelineError, match="x: found label 'joy', expected one of corpus.labels"):
+        known_label("joy", ["happy", "sad"], "x")
+
+
+def test_a_csv_corpus_can_not_leave_its_folder_through_a_link(tmp_path: Path, clip: Path) -> None:
+    root = tmp_path / "corpus"
+    place(clip, root / "x.mp4", tmp_path / "outside/secret.mp4")
+    (root / "file.mp4").symlink_to(tmp_path / "outside/secret.mp4")
+    (root / "folder").symlink_to(tmp_path / "outside")
+    (root / "inside.mp4").symlink_to(root / "x.mp4")
+    for path in ("file.mp4", "folder/secret.mp4"):
+        table(root / "clips.csv", "path,split,label", f"{path},labelled,sad")
+        with pytest.raises(PipelineError, match=f"{path}: a link that leaves the corpus folder"):
+            csv_file.read(root, LABELS)
+    table(root / "clips.csv", "path,split,label", "inside.mp4,labelled,sad")
+    (tmp_path / "link").symlink_to(root)  # corpus.path itself may be a link
+    assert [entry.clip_id for entry in csv_file.read(tmp_path / "link", LABELS)] == ["inside"]
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret"])
+def test_names_in_a_mer_csv_are_names_not_paths(tmp_path: Path, clip: Path, name: str) -> None:
+    make_mer2024(tmp_path / "corpus", clip)
+    place(clip, tmp_path / "secret.mp4")
+    table(tmp_path / "corpus/candidate_20000.csv", "name", name)
+    with pytest.raises(PipelineError, match="1 names without a clip"):
+        mer2024.read(tmp_path / "corpus", LABELS)
+
+
 class Repository:
     """A working directory with params.yaml in which stages run as processes."""
 
@@ -183,3 +294,21 @@ def test_one_name_in_two_folders_is_refused(tmp_path: Path, clip: Path) -> None:
     place(clip, root / "video-unlabeled-with-test2noise/a.mp4")
     error = Repository(tmp_path, adapter="mer2024", path="corpus", truth=None).run("corpus", code=1)
     assert "clip name 'a' occurs twice" in error and len(error.splitlines()) == 1
+
+
+def test_containers_and_names_of_every_kind_are_read(tmp_path: Path, clip: Path) -> None:
+    """Real avi, mkv, webm and mov files, upper-case extensions, names with spaces, Chinese characters and dots."""
+    root, others = tmp_path / "corpus", "video-unlabeled-with-test2noise"
+    names = ["a b.MP4", "名字.AVI", "with.dots.v2.mkv", "l'été (1).WebM", "#5%20&.mov", "-f.Mkv", "a:b.mov"]
+    for name in names:
+        remux(clip, root / "video-labeled" / name)
+    place(clip, root / others / "u.mp4")
+    stems = [Path(name).stem for name in names]
+    table(root / "label-disdim.csv", "name,discrete", *(f"{stem},happy" for stem in stems))
+    table(root / "candidate_20000.csv", "name", "u")
+    Repository(tmp_path, adapter="mer2024", path="corpus", truth=None).run("corpus")
+    clips = {clip.clip_id: clip for clip in read_manifest(tmp_path / "data/manifest.csv")}
+    assert set(clips) == {*stems, "u"}
+    for stem, name in zip(stems, names, strict=True):
+        assert clips[stem].path == f"video-labeled/{name}"
+        assert clips[stem].duration == pytest.approx(1.0, abs=0.2), name

@@ -239,7 +239,7 @@ class Scripted:
         self.rankings = rankings
         self.asked: list[str] = []
 
-    def __call__(self, p: Params, known: dict[str, Answer]) -> "Scripted":
+    def __call__(self, p: Params, cache: Cache, transcripts: list[str]) -> "Scripted":
         return self
 
     def rank(self, transcripts: list[str], record: Any) -> None:
@@ -274,19 +274,19 @@ def test_a_few_transcripts_without_ranking_are_reported_and_many_stop_the_stage(
 
 
 def test_the_key_comes_from_the_named_variable_only(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def openai(**rankings: Any) -> Any:
+        return providers.openai(params(provider="openai", model="m", **rankings), cache(house), ["一"])
+
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(PipelineError, match="variable OPENAI_API_KEY is not set"):
-        providers.openai(params(provider="openai", model="m"), {})
+        openai()
     with pytest.raises(PipelineError, match="NAME of an environment variable") as error:
-        providers.openai(params(provider="openai", model="m", api_key_env="sk-123-secret"), {})
+        openai(api_key_env="sk-123-secret")
     assert "123" not in str(error.value)
-    assert providers.openai(params(provider="openai", model="m", base_url="http://localhost:1/v1"), {})
+    assert openai(base_url="http://localhost:1/v1")
     monkeypatch.setenv("LAB_KEY", "sk-lab密")
     with pytest.raises(PipelineError, match="LAB_KEY holds characters that no key has$"):
-        providers.openai(params(provider="openai", model="m", api_key_env="LAB_KEY"), {})
+        openai(api_key_env="LAB_KEY")
     monkeypatch.setenv("LAB_KEY", "sk-lab\n")
-    provider = providers.openai(
-        params(provider="openai", model="m", api_key_env="LAB_KEY", max_cost_usd=1.0),
-        {"一": Answer("一", LABELS, 1_000_000, 100_000)},
-    )
-    assert provider.budget.spent == pytest.approx(2.5 + 1.0)
+    cache(house).append([Answer("一", LABELS, 1_000_000, 100_000)])
+    assert openai(api_key_env="LAB_KEY", max_cost_usd=1.0).budget.spent == pytest.approx(2.5 + 1.0)

@@ -54,7 +54,9 @@ def read_table(path: Path, columns: Sequence[str], key: str = "name") -> dict[st
                 raise PipelineError(f"{path}: found columns {list(header)}, expected {list(columns)}")
             rows: dict[str, dict[str, str]] = {}
             for row in reader:
-                name = row[key].strip()
+                name = (row[key] or "").strip()
+                if not name:
+                    raise PipelineError(f"{path}: line {reader.line_num}: no {key}; expected one in every row")
                 if name in rows:
                     raise PipelineError(f"{path}: line {reader.line_num}: {key} {name!r} occurs twice; "
                                         f"expected one row a clip")
@@ -64,15 +66,19 @@ def read_table(path: Path, columns: Sequence[str], key: str = "name") -> dict[st
         raise PipelineError(f"{path}: not found; expected a CSV with the columns {list(columns)}") from None
     except UnicodeDecodeError:
         raise PipelineError(f"{path}: not UTF-8; expected a CSV saved as UTF-8") from None
+    except csv.Error as error:
+        raise PipelineError(f"{path}: after line {reader.line_num}: {error}; expected a CSV") from None
 
 
 def known_label(label: str, labels: Sequence[str], where: str) -> str:
-    """The label in the spelling of corpus.labels. Raises PipelineError for one that is not among them."""
-    spelled = SPELLINGS.get(label, label)
-    if spelled in labels:
-        return spelled
+    """The label in the spelling of corpus.labels, whatever its case. Raises PipelineError for one not among them."""
     if label in labels:
         return label
+    by_name = {known.lower(): known for known in labels}
+    spelled = label.lower()
+    for name in (SPELLINGS.get(spelled, spelled), spelled):
+        if name in by_name:
+            return by_name[name]
     raise PipelineError(f"{where}: found label {label!r}, expected one of corpus.labels {list(labels)}")
 
 

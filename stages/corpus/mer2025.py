@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.corpus.layout import Entry, label_column, media_files, read_table, require_same, transcript_column
-from stages.errors import PipelineError
 
 
 def read(root: Path, labels: Sequence[str]) -> list[Entry]:
@@ -17,9 +16,7 @@ def read(root: Path, labels: Sequence[str]) -> list[Entry]:
     scored = read_table(candidates, ("name",))
     require_same(label_of, clips, label_file, root / "video", both=False)
     # the candidates name training clips too; what has a label is labelled
-    unknown = sorted(set(scored) - set(clips))
-    if unknown:
-        raise PipelineError(f"{candidates}: {len(unknown)} names without a clip in {root / 'video'}: {unknown[:5]}")
+    require_same(scored, clips, candidates, root / "video", both=False)
     text = transcript_column(root / "subtitle_chieng.csv")
     return [
         Entry(

@@ -19,13 +19,15 @@ from pathlib import Path
 from stages.errors import PipelineError
 
 FOLDER = Path(".cache/rankings")
+BATCH_DISCOUNT = 0.5  # what OpenAI's Batch API bills of the direct price
 
 
 @dataclass(frozen=True)
 class Answer:
     """What came of one transcript. `ranking` is None where no valid answer could be had; `reason` says why.
 
-    Tokens are what the transcript cost in all, invalid answers included.
+    Tokens are what the transcript cost in all, invalid answers included. `batch` is the id of the batch that brought
+    the answer, for half the price: a batch answers a transcript once, however often it is collected.
     """
 
     transcript: str
@@ -33,6 +35,7 @@ class Answer:
     input_tokens: int = 0
     output_tokens: int = 0
     reason: str = ""
+    batch: str = ""
 
 
 class Cache:
@@ -54,34 +57,57 @@ class Cache:
 
         A damaged line costs that line only: it is named on stderr and its transcript asked again.
         """
-        if not self.path.exists():
-            return {}
-        wanted = {self.key(transcript): transcript for transcript in transcripts}
         found: dict[str, Answer] = {}
+        for answer in self._read(transcripts):
+            earlier = found.get(answer.transcript, Answer(answer.transcript, None))
+            found[answer.transcript] = Answer(
+                answer.transcript,
+                earlier.ranking or answer.ranking,
+                earlier.input_tokens + answer.input_tokens,
+                earlier.output_tokens + answer.output_tokens,
+                answer.reason,
+            )
+        return found
+
+    def spent(self, transcripts: Sequence[str], price: tuple[float, float]) -> float:
+        """USD that these transcripts cost so far; `price` is per million input and output tokens."""
+        return sum(
+            (answer.input_tokens * price[0] + answer.output_tokens * price[1])
+            * (BATCH_DISCOUNT if answer.batch else 1.0)
+            / 1e6
+            for answer in self._read(transcripts)
+        )
+
+    def _read(self, transcripts: Sequence[str]) -> Iterator[Answer]:
+        """Every line about these transcripts, but what a batch brought only once."""
+        if not self.path.exists():
+            return
         with open(self.path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             lines = file.read().split(b"\n")
+        wanted = {self.key(transcript): transcript for transcript in transcripts}
+        collected: set[tuple[str, str]] = set()
         for number, line in enumerate(lines[:-1], start=1):  # the last is empty, or torn by a kill
             try:
                 entry = json.loads(line)
-                if entry["key"] in wanted:
-                    self._merge(found, wanted[entry["key"]], entry)
+                if entry["key"] not in wanted:
+                    continue
+                answer = self._answer(wanted[entry["key"]], entry)
             except (ValueError, KeyError, TypeError):
                 print(f"{self.path}: line {number} is damaged; what it answered is asked again", file=sys.stderr)
-        return found
+                continue
+            if (answer.batch, answer.transcript) not in collected:
+                yield answer
+            if answer.batch:
+                collected.add((answer.batch, answer.transcript))
 
-    def _merge(self, found: dict[str, Answer], transcript: str, entry: dict) -> None:
+    def _answer(self, transcript: str, entry: dict) -> Answer:
+        """The answer in a line. Raises ValueError, KeyError or TypeError for one that no writer of ours wrote."""
         ranking = entry["ranking"]
         if ranking is not None and sorted(ranking) != sorted(self.identity[3]):
             raise ValueError
-        earlier = found.get(transcript, Answer(transcript, None))
-        found[transcript] = Answer(
-            transcript,
-            earlier.ranking or ranking,
-            earlier.input_tokens + entry["input_tokens"],
-            earlier.output_tokens + entry["output_tokens"],
-            entry["reason"],
-        )
+        tokens_in, tokens_out = int(entry["input_tokens"]), int(entry["output_tokens"])
+        return Answer(transcript, ranking, tokens_in, tokens_out, str(entry["reason"]), str(entry.get("batch", "")))
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Store answers: on disk when this returns. Raises PipelineError (disk full), leaving no partial line."""
@@ -94,6 +120,7 @@ class Cache:
                 "reason": answer.reason,
                 "input_tokens": answer.input_tokens,
                 "output_tokens": answer.output_tokens,
+                "batch": answer.batch,
                 "provider": provider,
                 "model": model,
                 "prompt_version": prompt_version,

@@ -12,6 +12,7 @@ from stages.params import Params, Rankings
 from stages.rankings.cache import Answer, Cache
 
 if TYPE_CHECKING:
+    from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
     from stages.rankings.transformers_provider import Transformers
 
@@ -28,15 +29,22 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
         return {answer.transcript: answer for answer in answers}
     cache = Cache(p.rankings.provider, model_identity(p.rankings), p.rankings.prompt_version, labels)
     known = cache.load(transcripts)
-    if unanswered(transcripts, known):
+    if unanswered(transcripts, known) or under_way(p, cache):
         with cache.asking():
             known = cache.load(transcripts)  # another process may have asked while we waited
             wanted = unanswered(transcripts, known)
-            if wanted:
+            if wanted or under_way(p, cache):
                 make = openai if p.rankings.provider == "openai" else transformers
-                make(p, known).rank(wanted, cache.append)
+                make(p, cache, transcripts).rank(wanted, cache.append)
         known = cache.load(transcripts)
     return known
+
+
+def under_way(p: Params, cache: Cache) -> bool:
+    """Whether batches of an earlier run wait to be collected."""
+    from stages.rankings.journal import Journal
+
+    return p.rankings.batch and bool(Journal(cache).jobs())
 
 
 def unanswered(transcripts: Sequence[str], known: Mapping[str, Answer]) -> list[str]:
@@ -52,11 +60,14 @@ def model_identity(rankings: Rankings) -> str:
     return "@".join(filter(None, [rankings.model, rankings.revision, digest, rankings.dtype]))
 
 
-def openai(p: Params, known: Mapping[str, Answer]) -> "OpenAI":
+def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Batches":
     """The openai provider, knowing what these transcripts cost so far. Raises PipelineError without a key."""
+    from stages.rankings.chat import Chat
+    from stages.rankings.journal import Journal
+    from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
 
-    rankings, price = p.rankings, p.rankings.price_per_million
+    rankings, price = p.rankings, (p.rankings.price_per_million.input, p.rankings.price_per_million.output)
     name = rankings.api_key_env
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # a key, most likely: not to be repeated
         raise PipelineError("params.yaml: rankings.api_key_env: expected the NAME of an environment variable")
@@ -65,20 +76,20 @@ def openai(p: Params, known: Mapping[str, Answer]) -> "OpenAI":
         raise PipelineError(f"rankings.api_key_env: the environment variable {name} holds characters that no key has")
     if not key and rankings.base_url is None:
         raise PipelineError(f"rankings.api_key_env: the environment variable {name} is not set; expected the key in it")
-    spent = sum(a.input_tokens * price.input + a.output_tokens * price.output for a in known.values()) / 1e6
-    return OpenAI(
-        rankings.model,
-        p.corpus.labels,
-        rankings.prompt_version,
-        base_url=rankings.base_url,
-        api_key=key or "no-key-needed",  # a server of one's own
-        price=(price.input, price.output),
-        max_cost_usd=rankings.max_cost_usd,
-        spent_usd=spent,
-    )
+    # a server of one's own needs no key
+    chat = Chat(rankings.model, p.corpus.labels, rankings.prompt_version, rankings.base_url, key or "no-key-needed")
+    spent = cache.spent(transcripts, price)
+    if rankings.batch:
+        return Batches(chat, cache, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
+    if under_way := Journal(cache).jobs():
+        raise PipelineError(
+            f"rankings.batch: found false, but {len(under_way)} batches are under way or wait to be collected; "
+            f"expected true, or delete {Journal(cache).folder} to give up what they cost"
+        )
+    return OpenAI(chat, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
 
 
-def transformers(p: Params, known: Mapping[str, Answer]) -> "Transformers":
+def transformers(p: Params, cache: Cache, transcripts: Sequence[str]) -> "Transformers":
     """The transformers provider on this machine's device."""
     from stages.rankings.transformers_provider import Transformers
 
