@@ -217,8 +217,8 @@ def leak(found: Mapping[str, Any]) -> str:
             if "test" in found.get(name, {})]
     if len(gaps) < 2:
         return "How far a leaked cross-validation lies above the test: needs the rows p30 and leaky, and a test."
-    return ("Cross-validation (best epoch) minus test: {:+.2f} with leaky prompts, {:+.2f} without, so the leak is "
-            "worth {:+.2f}.").format(*gaps, gaps[0] - gaps[1])
+    return ("Cross-validation (best epoch) minus test: {:+.2f} with leaky prompts, {:+.2f} without, a difference of "
+            "{:+.2f}.").format(*gaps, gaps[0] - gaps[1])
 
 
 def render(found: Mapping[str, Any], adapter: str) -> str:

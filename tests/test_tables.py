@@ -85,7 +85,7 @@ def test_the_page_shows_every_row_beside_the_papers() -> None:
     assert lines["HuBERT"] == "| HuBERT | 80.00 ± 0.50 | 78.00 ± 1.00 | 70.00 ± 0.25 | 71.46 / 82.13 | 73.02 / 83.42 |"
     assert lines["CLIP"].split(" | ")[3] == "–"
     assert lines["p = 0.5"].count("not run") == 3
-    assert "+15.00 with leaky prompts, +10.00 without, so the leak is worth +5.00" in page
+    assert "+15.00 with leaky prompts, +10.00 without, a difference of +5.00" in page
     assert "random miniatures" in page and "random miniatures" not in render(found, "mer2024")
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines() if line.startswith("|")]
     assert set(widths) == {6, 7}
