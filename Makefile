@@ -1,4 +1,5 @@
 # make demo: set up, run the whole pipeline on the demo corpus, show the metrics.   make test: the tests.
+# make tables: the paper's Tables 1 and 2 on the current corpus, in reports/tables.md.
 # `export` puts the environment's python and dvc first, so nothing need be activated.
 SHELL := /bin/bash
 SYSTEM_PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
@@ -6,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(SYSTEM_PATH)
 export DVC_NO_ANALYTICS := 1
 READY := .venv/ready
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo tables test lint lock clean
 
 demo: $(READY)
 	dvc repro
@@ -14,6 +15,9 @@ demo: $(READY)
 	dvc metrics show
 	@echo
 	@echo "Report: $(CURDIR)/reports/report.html"
+
+tables: $(READY)
+	python -m benchmarks.tables
 
 test: $(READY)
 	pytest -q -n auto --dist loadfile -m "not slow"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stages.devices import pick_device, set_threads
 from stages.errors import run_stage
 from stages.files import replacing
-from stages.params import Params, load
+from stages.params import FusionParams, load_fusion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,7 @@ ROBUSTNESS = ("removed", "kept", "cv_waf", "cv_waf_std", "test_waf", "test_waf_s
 
 
 def main() -> None:
-    p = load()
+    p = load_fusion()
     import pandas as pd
 
     from stages.evaluation import figures
@@ -34,7 +34,7 @@ def main() -> None:
     robustness = robustness_table(run, p) if p.fusion.missing == "report" else None
     tables: dict[str | Path, pd.DataFrame] = {
         "reports/predictions.csv": predictions.round(6),
-        "reports/submission.csv": figures.submission_table(predictions),
+        "reports/submission.csv": figures.submission_table(predictions, p.corpus.adapter),
         PLOTS / "confusion.csv": figures.confusion_table(run, predictions)[1],
         PLOTS / "rounds.csv": figures.rounds_table(run).round(4),
         PLOTS / "curves.csv": figures.curves_table(run).round(6),
@@ -49,7 +49,7 @@ def main() -> None:
         file.write(json.dumps(headline, indent=2) + "\n")
 
 
-def robustness_table(run: Run, p: Params) -> pd.DataFrame:
+def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:
     """WAF of the final models with every subset of modalities removed (figures.robustness_table)."""
     import numpy as np
 

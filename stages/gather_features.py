@@ -11,7 +11,7 @@ from typing import Any
 from stages.corpus.manifest import write_rows
 from stages.errors import PipelineError, run_stage
 from stages.files import replacing
-from stages.params import Params, load
+from stages.params import load_fusion
 from stages.store import Store
 
 MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_faces": "data/faces"}
@@ -40,12 +40,13 @@ def open_modality(name: str) -> dict[str, Store]:
     return {part: Store(folder / part) for part in folds or ["."]}
 
 
-def skipped(p: Params, modalities: dict[str, dict[str, Store]]) -> list[tuple[str, str, str, str]]:
+def skipped(modalities: dict[str, dict[str, Store]]) -> list[tuple[str, str, str, str]]:
     """(clip_id, stage, present, reason) wherever a stage recorded something; a loss is listed where it began."""
-    stores = {stage: Store(folder) for stage, folder in MEDIA.items()}
+    stores = {stage: Store(folder) for stage, folder in MEDIA.items() if Path(folder).exists()}  # imports have none
     for name, parts in modalities.items():
-        stage = "extract_emovclip" if name == "emovclip" else f"extract@{name}"
-        stores[stage] = next(iter(parts.values()))
+        store = next(iter(parts.values()))
+        command = "import" if store.attrs.get("encoder") == "npy" else "extract"
+        stores["extract_emovclip" if name == "emovclip" else f"{command}@{name}"] = store
     return [
         (clip_id, stage, "true" if present else "false", reason)
         for stage, store in stores.items()
@@ -55,12 +56,12 @@ def skipped(p: Params, modalities: dict[str, dict[str, Store]]) -> list[tuple[st
 
 
 def main() -> None:
-    p = load()
+    p = load_fusion()
     modalities = {name: open_modality(name) for name in p.fusion.modalities}
     described = [describe_modality(name, stores) for name, stores in modalities.items()]
     with replacing("data/modalities.json") as file:
         file.write(json.dumps({"modalities": described}, indent=2) + "\n")
-    write_rows("reports/skipped.csv", ["clip_id", "stage", "present", "reason"], sorted(skipped(p, modalities)))
+    write_rows("reports/skipped.csv", ["clip_id", "stage", "present", "reason"], sorted(skipped(modalities)))
 
 
 if __name__ == "__main__":

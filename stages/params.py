@@ -6,7 +6,7 @@ YAML 1.2 through ruamel.yaml as DVC reads it (`off` is a string, 1e-4 a number).
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -21,25 +21,36 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quality = Annotated[int, Field(ge=1, le=100)]
+P = TypeVar("P", bound=BaseModel)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Corpus(Section):
-    adapter: Literal["demo", "mer2024", "mer2023", "mer2025", "csv"]
-    path: str
-    truth: str | None
+class Labels(Section):
+    """What is known of any corpus, of clips or of feature files."""
+
+    adapter: str
     labels: Annotated[list[str], Field(min_length=2)]
-    max_bad_fraction: Fraction
-    shard_size: Positive
 
     @model_validator(mode="after")
-    def _labels_are_distinct(self) -> "Corpus":
+    def _labels_are_distinct(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"corpus.labels: found {self.labels}, expected distinct labels")
         return self
+
+
+class Corpus(Labels):
+    adapter: Literal["demo", "mer2024", "mer2023", "mer2025", "csv"]
+    path: str
+    truth: str | None
+    max_bad_fraction: Fraction
+    shard_size: Positive
+
+
+class ImportedCorpus(Labels):
+    adapter: Literal["features"]
 
 
 class Demo(Section):
@@ -159,8 +170,11 @@ class Evaluate(Section):
     seed: NonNegative
 
 
-class Runtime(Section):
+class Device(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+class Runtime(Device):
     workers: Literal["auto"] | Positive
     executor: Literal["local"]
     batch_memory_mb: Literal["auto"] | Positive
@@ -169,10 +183,34 @@ class Runtime(Section):
     keep_parts: bool
 
 
-class Params(Section):
+class FusionParams(Section):
+    """What the stages from split_folds on read."""
+
+    corpus: Labels
+    folds: Folds
+    fusion: Fusion
+    self_training: SelfTraining
+    evaluate: Evaluate
+    runtime: Device
+
+    @model_validator(mode="after")
+    def _modalities_are_distinct(self) -> Self:
+        if len(set(self.fusion.modalities)) != len(self.fusion.modalities):
+            raise ValueError(f"fusion.modalities: found {self.fusion.modalities}, expected each name once")
+        return self
+
+
+class ImportedParams(FusionParams):
+    """The whole params.yaml of a folder that stages.corpus.import_features made."""
+
+    corpus: ImportedCorpus
+
+
+class Params(FusionParams):
+    """The whole params.yaml of the repository."""
+
     corpus: Corpus
     demo: Demo
-    folds: Folds
     audio: Audio
     transcribe: Transcribe
     frames: Frames
@@ -180,21 +218,16 @@ class Params(Section):
     rankings: Rankings
     extractors: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Extractor]
     emovclip: EmoVCLIP
-    fusion: Fusion
-    self_training: SelfTraining
-    evaluate: Evaluate
     runtime: Runtime
 
     @model_validator(mode="after")
-    def _modalities_exist(self) -> "Params":
+    def _modalities_exist(self) -> Self:
         if "emovclip" in self.extractors:
             raise ValueError("extractors.emovclip: the name is taken by the emovclip section; choose another")
         known = {*self.extractors, "emovclip"}
         for name in self.fusion.modalities:
             if name not in known:
                 raise ValueError(f"fusion.modalities: found {name!r}, expected some of {sorted(known)}")
-        if len(set(self.fusion.modalities)) != len(self.fusion.modalities):
-            raise ValueError(f"fusion.modalities: found {self.fusion.modalities}, expected each name once")
         return self
 
 
@@ -210,9 +243,20 @@ def read_yaml(path: str | Path) -> Any:
 
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and check the parameters. Raises PipelineError naming the key, what was found and what is expected."""
+    return _validated(Params, path, read_yaml(path))
+
+
+def load_fusion(path: str | Path = "params.yaml") -> FusionParams:
+    """The same for the stages from split_folds on, which also run on the short params.yaml of imported features."""
     values = read_yaml(path)
+    corpus = values.get("corpus") if isinstance(values, dict) else None
+    imported = isinstance(corpus, dict) and corpus.get("adapter") == "features"
+    return _validated(ImportedParams if imported else Params, path, values)
+
+
+def _validated(schema: type[P], path: str | Path, values: Any) -> P:
     try:
-        return Params.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         raise PipelineError(f"{path}: {describe(error)}") from None
 

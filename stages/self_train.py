@@ -10,14 +10,14 @@ from stages.errors import PipelineError, run_stage
 from stages.extraction import PARTS
 from stages.files import replacing
 from stages.fingerprint import stage_fingerprint
-from stages.params import load
+from stages.params import load_fusion
 
 READ = ("data/manifest.csv", "data/folds.csv", "data/modalities.json", "models/fusion/ensemble.safetensors",
         "models/fusion/predictions.safetensors")  # the features themselves are in modalities.json, as digests
 
 
 def main() -> None:
-    p = load()
+    p = load_fusion()
     device = pick_device(p.runtime.device)
     import pandas as pd
     import torch

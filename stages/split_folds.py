@@ -4,7 +4,7 @@ from collections import Counter
 
 from stages.corpus.manifest import Clip, read_manifest, write_rows
 from stages.errors import PipelineError, run_stage
-from stages.params import load
+from stages.params import load_fusion
 
 
 def split(clips: list[Clip], count: int, seed: int) -> list[int]:
@@ -32,7 +32,7 @@ def split(clips: list[Clip], count: int, seed: int) -> list[int]:
 
 
 def main() -> None:
-    p = load()
+    p = load_fusion()
     clips = [clip for clip in read_manifest() if clip.split == "labelled"]
     missing = [label for label in p.corpus.labels if label not in Counter(clip.label for clip in clips)]
     if missing:

@@ -6,11 +6,11 @@ from pathlib import Path
 from stages.devices import pick_device, set_threads
 from stages.errors import run_stage
 from stages.files import replacing
-from stages.params import load
+from stages.params import load_fusion
 
 
 def main() -> None:
-    p = load()
+    p = load_fusion()
     device = pick_device(p.runtime.device)
     import numpy as np
 

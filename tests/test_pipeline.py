@@ -15,8 +15,8 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
-TRACKED = ("stages", "data", "features", "models", "reports", "presets", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
-           ".gitignore", "dvc.yaml", "params.yaml")
+TRACKED = ("stages", "benchmarks", "data", "features", "models", "reports", "presets", ".dvc/config",
+           ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
 EVALUATION = ["train_fusion", "self_train", "evaluate"]
 
 
@@ -167,6 +167,29 @@ def test_modality_dropout_reruns_the_fusion_alone_and_changes_the_waf(repository
     output = repository.run("dvc", "exp", "run", "-S", "fusion.modality_dropout=0.3")
     assert repository.stages_run(output) == []  # back from the run cache
     assert repository.metrics() == before
+
+
+def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(repository: Repository) -> None:
+    before = repository.metrics(), (repository.folder / "params.yaml").read_bytes()
+    output = repository.run("python", "-m", "benchmarks.tables", "hubert", "p30")
+    assert repository.stages_run(output) == ["gather_features", *EVALUATION]  # p = 0.3 is what the workspace holds
+    assert "tables-hubert-" in repository.run("dvc", "exp", "list")
+    rows = {line.split(" | ")[0]: line for line in (repository.folder / "reports/tables.md").read_text().splitlines()}
+    assert rows["| HuBERT"].count(" ± ") == 3 and rows["| p = 0.3"].count(" ± ") == 3 and "not run" in rows["| CLIP"]
+    assert f"{before[0]['test']['waf']:.2f}" in rows["| p = 0.3"]
+    assert (repository.metrics(), (repository.folder / "params.yaml").read_bytes()) == before
+    start = time.monotonic()
+    output = repository.run("python", "-m", "benchmarks.tables", "hubert", "p30")
+    assert "Running stage" not in output and "exp run" not in output and time.monotonic() - start < 30
+    assert repository.stages_run(repository.run("dvc", "repro")) == []
+
+
+def test_a_killed_row_does_not_cost_the_users_params(repository: Repository) -> None:
+    aside = repository.folder / ".cache/tables/params.yaml"
+    aside.write_text("a: 1\n")
+    output = repository.run("python", "-m", "benchmarks.tables", "hubert", expect=1)
+    assert output.count("\n") == 1 and "error: params.yaml: may be a table's row" in output
+    aside.unlink()
 
 
 def test_layers_rerun_hubert_and_what_follows_and_going_back_is_free(repository: Repository) -> None:

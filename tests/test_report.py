@@ -74,9 +74,10 @@ def test_predictions_cover_every_clip_and_hold_no_truth(run: Run) -> None:
     assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
     assert (np.array(LABELS)[probabilities.argmax(1)] == table["prediction"]).all()
     assert not {"label", "truth", "actual"} & set(table.columns)
-    submission = figures.submission_table(table)
+    submission = figures.submission_table(table, "mer2024")
     assert len(submission) == COUNTS["test"]
     assert set(submission["discrete"]) <= {"neutral", "angry", "happy", "sad", "worried", "surprise"}
+    assert set(figures.submission_table(table, "features")["discrete"]) <= set(LABELS)
 
 
 def test_rounds_gain_what_only_the_truth_can_tell(run: Run) -> None:

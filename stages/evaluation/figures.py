@@ -117,10 +117,12 @@ def prediction_table(run: Run) -> pd.DataFrame:
     return table.set_index("clip_id").loc[run.manifest.index].reset_index()
 
 
-def submission_table(predictions: pd.DataFrame) -> pd.DataFrame:
-    """name,discrete of the test clips; MER's own labels in the spelling that the challenge wants."""
+def submission_table(predictions: pd.DataFrame, adapter: str) -> pd.DataFrame:
+    """name,discrete of the test clips; MER's labels in the challenge's spelling, those of a corpus of one's own as
+    that has them."""
     test = predictions[predictions["split"] == "test"]
-    return pd.DataFrame({"name": test["clip_id"], "discrete": test["prediction"].replace(SUBMISSION_NAMES)})
+    spelling = {} if adapter in ("csv", "features") else SUBMISSION_NAMES
+    return pd.DataFrame({"name": test["clip_id"], "discrete": test["prediction"].replace(spelling)})
 
 
 def confusion_table(run: Run, predictions: pd.DataFrame) -> tuple[str, pd.DataFrame]:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from stages.evaluation import charts, figures
 from stages.evaluation.artefacts import Predictions, Run, read_rankings, read_transcripts
 from stages.evaluation.thumbnails import thumbnails
-from stages.params import Params
+from stages.params import FusionParams
 
 MISTAKES = 40       # shown, most confidently wrong first
 PSEUDO_LABELS = 500  # shown, in order of selection
@@ -34,7 +34,7 @@ for (const element of document.querySelectorAll("[data-spec]")) {
 """
 
 
-def render_report(run: Run, p: Params, headline: dict[str, Any], predictions: pd.DataFrame,
+def render_report(run: Run, p: FusionParams, headline: dict[str, Any], predictions: pd.DataFrame,
                   robustness: pd.DataFrame | None) -> str:
     """The whole page. headline: metrics.json's content; predictions: figures.prediction_table."""
     transcripts, rankings = read_transcripts(run), read_rankings()
