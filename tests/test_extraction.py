@@ -116,6 +116,27 @@ def test_only_what_changed_is_computed(p: Params) -> None:
     assert computed(log) == []
 
 
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign"])
+def test_a_part_that_was_damaged_is_made_again(p: Params, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log = Path("log")
+    extract(stage(), inputs(12), Words(log), p, ["cpu"])
+    whole = contents(Path("out/some_stage"))
+    computed(log)
+    shard = Path("out/some_stage/shard-00000.h5")
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[content.index(b"text 0")] ^= 1
+    elif damage == "truncated":
+        del content[2000:]
+    else:
+        content = bytearray(Path("out/some_stage/shard-00001.h5").read_bytes())
+    shard.write_bytes(content)  # in place: the out and the part are one file
+    extract(stage(), inputs(12), Words(log), p, ["cpu"])
+    assert computed(log) == ["c00", "c01", "c02", "c03"]
+    assert contents(Path("out/some_stage")) == whole
+    assert "it is made again" in capsys.readouterr().err
+
+
 def test_without_keep_parts_nothing_is_left_behind(p: Params) -> None:
     runtime = p.runtime.model_copy(update={"keep_parts": False})
     extract(stage(), inputs(8), Words(Path("log")), p.model_copy(update={"runtime": runtime}), ["cpu"])
