@@ -156,7 +156,9 @@ def test_finished_files_are_never_written_through_a_link(p: Params) -> None:
 def media(clip_id: str, item: int) -> Row:
     if item == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if item == 2:
+    if item in (2, 4):
+        if item == 4:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     if item == 3:
         raise Skip("no audio stream")
@@ -169,18 +171,18 @@ def test_a_crash_a_hang_and_a_skip_cost_one_clip_each(p: Params) -> None:
     assert time.monotonic() - start < 30
     store = Store("out/some_stage")
     assert store.clip_ids == [f"c{i:02d}" for i in range(20)]
-    assert np.flatnonzero(~store.present).tolist() == [1, 2, 3]
-    assert "crashed" in store.reasons[1]
-    assert store.reasons[2:4] == ["stopped after 3 s without a result", "no audio stream"]
+    assert np.flatnonzero(~store.present).tolist() == [1, 2, 3, 4]
+    assert "crashed" in store.reasons[1]  # with the hangs, more workers than there are: dead ones are replaced
+    assert store.reasons[2:5] == ["stopped after 3 s without a result", "no audio stream", store.reasons[2]]
     assert store.read("c19").tolist() == [19] * 19
 
 
 def test_too_many_bad_clips_stop_the_stage_with_the_list(p: Params) -> None:
-    expected = r"3 of 8 clips .*corpus\.max_bad_fraction = 0\.2 .*c03: no audio stream"
+    expected = r"4 of 8 clips .*corpus\.max_bad_fraction = 0\.2 .*c03: no audio stream"
     with pytest.raises(PipelineError, match=expected) as caught:
         extract(stage(kind="audio"), inputs(8), PerClip(media, workers=2, timeout=3), p, ["cpu"])
     assert "\n" not in str(caught.value)
-    assert len(Path(".cache/skipped-some_stage.csv").read_text().splitlines()) == 4
+    assert len(Path(".cache/skipped-some_stage.csv").read_text().splitlines()) == 5
     assert not Path("out").exists()
 
 
