@@ -4,7 +4,6 @@ Leak-free [choice]: fold f's fusion sees fold f's features of all its clips. Wit
 store, features/emovclip/ itself. A clip's feature is the mean of its frames' features; there is no variance.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Encode, Encoder, Stage, StoreReader, extract, pick_devices, pick_workers, store_inputs
+from stages.files import empty_folder
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import load
 
@@ -65,8 +65,7 @@ def main() -> None:
     inputs = store_inputs("data/frames")
     kept: dict[str, np.ndarray] = {}
     memory = p.runtime.batch_memory_mb
-    if OUT.exists():
-        shutil.rmtree(OUT)
+    empty_folder(OUT)
     for name in names:
         prompts = PROMPTS / f"{name}.safetensors"
         config: dict[str, Any] = {"checkpoint": e.checkpoint, "revision": e.revision, "dtype": e.dtype}

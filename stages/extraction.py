@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from stages.corpus.manifest import read_manifest, write_rows
 from stages.errors import PipelineError, Skip
-from stages.files import replacing
+from stages.files import empty_folder, replacing
 from stages.fingerprint import stage_fingerprint
 from stages.params import Params, Runtime
 from stages.store import Row, Store, check_shard, feature_row, present_and_reasons, write_index, write_shard
@@ -190,9 +190,7 @@ def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[P
 
 def _finalise(out: Path, parts: Sequence[Path], keep_parts: bool) -> None:
     """Link (or, across file systems, copy) the parts into the out folder; nothing is ever written through a link."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    empty_folder(out)
     names = [f"shard-{i:05d}.h5" for i in range(len(parts))]
     for part, name in zip(parts, names, strict=True):
         try:

@@ -1,6 +1,7 @@
 """Writing a file whole or not at all, and never through a link."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,4 +31,15 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except OSError as error:
         if error.filename in (None, str(temporary)):  # write() and close() do not say which file they mean
             error.filename, error.filename2 = str(path), None
+        raise
+
+
+def empty_folder(path: Path) -> None:
+    """Make `path` an empty folder, whatever it was. Raises OSError (read-only) that names `path`."""
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(path)  # rmtree names the file inside
         raise
