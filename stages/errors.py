@@ -4,8 +4,14 @@ PipelineError: the user must act; its text is one line that names the file or ke
 and what is expected. Skip: one clip can't be used; the reason is recorded and the run goes on.
 """
 
+import errno
 import sys
 from collections.abc import Callable
+
+# What the machine, not the program, must put right before the stage can go on
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
+REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
+REMEDIES[errno.EIO] = "check the disk"
 
 
 class PipelineError(Exception):
@@ -17,9 +23,16 @@ class Skip(Exception):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a PipelineError becomes one line on stderr and exit code 1."""
+    """Run a stage's main; a PipelineError, or a file that can't be written, is one line on stderr and exit code 1."""
     try:
         main()
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        text = str(error)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run dvc repro again"
+    else:
+        return
+    print(f"error: {text}", file=sys.stderr)
+    raise SystemExit(1)

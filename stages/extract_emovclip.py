@@ -4,7 +4,6 @@ Leak-free [choice]: fold f's fusion sees fold f's features of all its clips. Wit
 store, features/emovclip/ itself. A clip's feature is the mean of its frames' features; there is no variance.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from stages.devices import pick_devices
 from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Stage, extract
+from stages.files import empty_folder
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import load
 
@@ -66,8 +66,7 @@ def main() -> None:
         raise PipelineError(f"{PROMPTS}: no prompts found; make them with: dvc repro train_emovclip")
     inputs = store_inputs("data/frames")
     kept: dict[str, np.ndarray] = {}
-    if OUT.exists():
-        shutil.rmtree(OUT)
+    empty_folder(OUT)
     for name in names:
         prompts = PROMPTS / f"{name}.safetensors"
         config: dict[str, Any] = {"checkpoint": e.checkpoint, "revision": e.revision, "dtype": e.dtype}

@@ -12,11 +12,11 @@ all take shards from one queue.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import queue
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,9 +27,11 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from stages.corpus.manifest import write_rows
 from stages.errors import PipelineError
+from stages.files import empty_folder, replacing
 from stages.params import Params
-from stages.store import Row, present_and_reasons, write_index, write_shard
+from stages.store import Row, check_shard, present_and_reasons, write_index, write_shard
 
 PARTS = Path(".cache/parts")
 REASONS_SHOWN = 10
@@ -83,7 +85,7 @@ def extract(stage: Stage, inputs: Sequence[Input], work: Work, params: Params, d
     already absent upstream do not count).
     """
     parts = _plan(stage, inputs, params.corpus.shard_size)
-    todo = [(part, chunk) for part, chunk in parts if not part.exists()]
+    todo = [(part, chunk) for part, chunk in parts if not _is_done(part, stage)]
     done = len(inputs) - sum(len(chunk) for _, chunk in todo)
     finished = _compute(todo, work, stage, devices)
     next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
@@ -101,6 +103,22 @@ def _plan(stage: Stage, inputs: Sequence[Input], shard_size: int) -> list[Shard]
     folder = PARTS / stage.name / stage.fingerprint
     chunks = [inputs[i : i + shard_size] for i in range(0, len(inputs), shard_size)]
     return [(folder / f"{_rows_digest(chunk)}.h5", chunk) for chunk in chunks]
+
+
+def _part_fingerprint(part: Path, stage: Stage) -> str:
+    return f"{stage.fingerprint}-{part.stem}"
+
+
+def _is_done(part: Path, stage: Stage) -> bool:
+    """Whether the part exists. One that the disk has damaged since is removed: linked into the out, it would spread."""
+    if not part.exists():
+        return False
+    try:
+        check_shard(part, _part_fingerprint(part, stage))
+    except PipelineError as error:
+        print(f"{stage.name}: {error}; it is made again", file=sys.stderr)
+        part.unlink()
+    return part.exists()
 
 
 def _rows_digest(chunk: Sequence[Input]) -> str:
@@ -138,7 +156,7 @@ def _write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[i
     for rows in work.shards(chunks()):
         part, chunk = begun.popleft()
         # The shard's number is not part of its bytes: it may change when the corpus grows.
-        attributes = {**stage.attributes, **work.attributes, "fingerprint": f"{stage.fingerprint}-{part.stem}"}
+        attributes = {**stage.attributes, **work.attributes, "fingerprint": _part_fingerprint(part, stage)}
         write_shard(part, stage.kind, rows, attributes)
         yield len(chunk)
 
@@ -204,7 +222,7 @@ def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[P
     if len(bad) <= limit * len(inputs):
         return
     listing = Path(".cache") / f"skipped-{stage.name}.csv"
-    listing.write_text("clip_id,reason\n" + "".join(f"{c},{json.dumps(r, ensure_ascii=False)}\n" for c, r in bad))
+    write_rows(listing, ["clip_id", "reason"], bad)
     shown = "; ".join(f"{clip_id}: {reason}" for clip_id, reason in bad[:REASONS_SHOWN])
     raise PipelineError(
         f"{stage.name}: {len(bad)} of {len(inputs)} clips can't be used, more than corpus.max_bad_fraction "
@@ -214,15 +232,14 @@ def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[P
 
 def _finalise(out: Path, parts: Sequence[Path], keep_parts: bool) -> None:
     """Link (or, across file systems, copy) the parts into the out folder; nothing is ever written through a link."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    empty_folder(out)
     names = [f"shard-{i:05d}.h5" for i in range(len(parts))]
     for part, name in zip(parts, names, strict=True):
         try:
             os.link(part, out / name)
         except OSError:
-            shutil.copyfile(part, out / name)
+            with open(part, "rb") as source, replacing(out / name, "wb") as target:
+                shutil.copyfileobj(source, target)
     write_index(out, names)
     if not keep_parts and parts:
         shutil.rmtree(parts[0].parent)

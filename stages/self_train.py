@@ -57,7 +57,8 @@ def main() -> None:
 
     out, chosen = Path("models/self_training"), pd.concat(pseudo_labels)
     save_outputs(out, inputs, selected, pd.concat(curves))
-    (out / "rounds.safetensors").write_bytes(save({"test_probabilities": torch.stack(test_probabilities)}))
+    with replacing(out / "rounds.safetensors", "wb") as file:
+        file.write(save({"test_probabilities": torch.stack(test_probabilities)}))
     for path, table in (("reports/rounds.csv", pd.DataFrame(rows)), ("reports/pseudo_labels.csv", chosen)):
         with replacing(path) as file:
             table.to_csv(file, index=False, lineterminator="\n")

@@ -18,7 +18,6 @@ time or order of writing: same content, same bytes.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ import h5py
 import numpy as np
 
 from stages.errors import PipelineError
+from stages.files import replacing
 
 SCHEMA = 1
 INDEX = "index.json"
@@ -89,36 +89,35 @@ def _parts(row: Row) -> Iterable[bytes]:
 
 
 def write_shard(path: Path, kind: str, rows: Sequence[Row], attributes: Mapping[str, Any]) -> None:
-    """Write one shard, whole or not at all: to a temporary name, fsynced, then renamed.
+    """Write one shard, whole or not at all. Raises ValueError for rows that do not fit the kind, OSError as replacing.
 
-    Raises ValueError for rows that do not fit the kind, OSError (disk full, read-only) with nothing left behind.
+    HDF5 makes the file in memory: on a full disk the library fails at closing, in ways that depend on its version.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-            file.attrs["schema"] = SCHEMA
-            file.attrs["kind"] = kind
-            for name in sorted(attributes):
-                value = attributes[name]
-                file.attrs[name] = "" if value is None else value
-            _write_rows(file, kind, rows)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
+        file.attrs["schema"] = SCHEMA
+        file.attrs["kind"] = _attribute(kind)
+        for name in sorted(attributes):
+            file.attrs[name] = _attribute(attributes[name])
+        _write_rows(file, kind, rows)
+        file.flush()
+        content = file.id.get_file_image()
+    with replacing(path, "wb") as target:
+        target.write(content)
 
 
 def write_index(folder: Path, names: Sequence[str]) -> None:
     """Write the folder's index.json: the shards that belong to the store, with their fingerprints."""
     index = {name: _open(folder / name).attrs["fingerprint"] for name in names}
-    (folder / INDEX).write_text(json.dumps(index, indent=0) + "\n")
+    with replacing(folder / INDEX) as file:
+        file.write(json.dumps(index, indent=0) + "\n")
+
+
+def _attribute(value: Any) -> Any:
+    """Text at a fixed length: HDF5 keeps it in the object's header, which has a checksum; its string heap has none."""
+    if value is not None and not isinstance(value, str):
+        return value
+    text = (value or "").encode()
+    return np.array(text, h5py.string_dtype("utf-8", len(text) or 1))
 
 
 def _write_rows(file: h5py.File, kind: str, rows: Sequence[Row]) -> None:
@@ -214,8 +213,8 @@ class Store:
 
     def _check(self) -> None:
         try:
-            index: dict[str, str] = json.loads((self.folder / INDEX).read_text())
-        except (OSError, ValueError) as error:
+            index: dict[str, str] = dict(json.loads((self.folder / INDEX).read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise PipelineError(f"{self.folder / INDEX}: can't be read ({error}); {_rebuild(self.folder)}") from None
         found = {shard.path.name: shard.attrs["fingerprint"] for shard in self._shards}
         for name in sorted(found.keys() | index.keys()):
@@ -291,9 +290,22 @@ def present_and_reasons(path: Path) -> list[tuple[str, bool, str]]:
     ]
 
 
+def check_shard(path: Path, fingerprint: str) -> None:
+    """Read all of a shard. Raises PipelineError if it is damaged anywhere, or not the one with this fingerprint."""
+    found = _open(path).attrs.get("fingerprint")
+    if found != fingerprint:
+        raise PipelineError(f"{path}: found fingerprint {found}, expected {fingerprint}")
+    with _guard(path), h5py.File(path, "r") as file:
+        for name in list(file):  # values() would give None for a damaged one
+            dataset = file[name]
+            for chunk in dataset.iter_chunks() if dataset.chunks else ():
+                dataset[chunk]
+
+
 def _open(path: Path) -> _Shard:
     with _guard(path), h5py.File(path, "r") as file:
         attrs = {name: (v.item() if isinstance(v, np.generic) else v) for name, v in file.attrs.items()}
+        attrs = {name: (v.decode() if isinstance(v, bytes) else v) for name, v in attrs.items()}
         if attrs.get("schema") != SCHEMA:
             raise PipelineError(f"{path}: schema {attrs.get('schema')}, expected {SCHEMA}; {_rebuild(path.parent)}")
         return _Shard(path, attrs, {name: file[name][:] for name in ("clip_id", "present", "reason", "digest")})
@@ -315,4 +327,4 @@ class _guard:
 
 
 def _rebuild(folder: Path) -> str:
-    return f"rebuild it with: rm -r {folder} && dvc repro"
+    return f"rebuild it with: python -m stages.repair {folder} && dvc repro"

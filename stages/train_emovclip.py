@@ -18,7 +18,7 @@ from stages.corpus.manifest import read_folds, read_manifest, write_rows
 from stages.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
 from stages.errors import PipelineError, run_stage
 from stages.extraction import PARTS
-from stages.files import replacing
+from stages.files import empty_folder, replacing
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import Params, load
 from stages.store import Store
@@ -149,8 +149,7 @@ def train_all(p: Params, device: str) -> list[list[float]]:
 def main() -> None:
     p = load()
     device = pick_device(p.runtime.device)
-    if OUT.exists():
-        shutil.rmtree(OUT)
+    empty_folder(OUT)
     write_rows(OUT / "curves.csv", CURVES, train_all(p, device))
 
 

@@ -102,6 +102,27 @@ def test_only_what_changed_is_computed(p: Params) -> None:
     assert computed(log) == []
 
 
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "foreign"])
+def test_a_part_that_was_damaged_is_made_again(p: Params, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log = Path("log")
+    extract(stage(), inputs(12), Words(log), p, ["cpu"])
+    whole = contents(Path("out/some_stage"))
+    computed(log)
+    shard = Path("out/some_stage/shard-00000.h5")
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[content.index(b"text 0")] ^= 1
+    elif damage == "truncated":
+        del content[2000:]
+    else:
+        content = bytearray(Path("out/some_stage/shard-00001.h5").read_bytes())
+    shard.write_bytes(content)  # in place: the out and the part are one file
+    extract(stage(), inputs(12), Words(log), p, ["cpu"])
+    assert computed(log) == ["c00", "c01", "c02", "c03"]
+    assert contents(Path("out/some_stage")) == whole
+    assert "it is made again" in capsys.readouterr().err
+
+
 def test_without_keep_parts_nothing_is_left_behind(p: Params) -> None:
     runtime = p.runtime.model_copy(update={"keep_parts": False})
     extract(stage(), inputs(8), Words(Path("log")), p.model_copy(update={"runtime": runtime}), ["cpu"])
@@ -121,7 +142,9 @@ def test_finished_files_are_never_written_through_a_link(p: Params) -> None:
 def media(clip_id: str, item: int) -> Row:
     if item == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if item == 2:
+    if item in (2, 4):
+        if item == 4:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     if item == 3:
         raise Skip("no audio stream")
@@ -134,18 +157,18 @@ def test_a_crash_a_hang_and_a_skip_cost_one_clip_each(p: Params) -> None:
     assert time.monotonic() - start < 30
     store = Store("out/some_stage")
     assert store.clip_ids == [f"c{i:02d}" for i in range(20)]
-    assert np.flatnonzero(~store.present).tolist() == [1, 2, 3]
-    assert "crashed" in store.reasons[1]
-    assert store.reasons[2:4] == ["stopped after 3 s without a result", "no audio stream"]
+    assert np.flatnonzero(~store.present).tolist() == [1, 2, 3, 4]
+    assert "crashed" in store.reasons[1]  # with the hangs, more workers than there are: dead ones are replaced
+    assert store.reasons[2:5] == ["stopped after 3 s without a result", "no audio stream", store.reasons[2]]
     assert store.read("c19").tolist() == [19] * 19
 
 
 def test_too_many_bad_clips_stop_the_stage_with_the_list(p: Params) -> None:
-    expected = r"3 of 8 clips .*corpus\.max_bad_fraction = 0\.2 .*c03: no audio stream"
+    expected = r"4 of 8 clips .*corpus\.max_bad_fraction = 0\.2 .*c03: no audio stream"
     with pytest.raises(PipelineError, match=expected) as caught:
         extract(stage(kind="audio"), inputs(8), PerClip(media, workers=2, timeout=3), p, ["cpu"])
     assert "\n" not in str(caught.value)
-    assert len(Path(".cache/skipped-some_stage.csv").read_text().splitlines()) == 4
+    assert len(Path(".cache/skipped-some_stage.csv").read_text().splitlines()) == 5
     assert not Path("out").exists()
 
 

@@ -53,6 +53,7 @@ def load_clip(checkpoint: str, revision: str | None, dtype: str, device: str) ->
 
     try:
         name, weights, preprocess = _locate(checkpoint, revision)
+        _refuse_remote_code(checkpoint, open_clip.get_model_config(name))
         _check_tensors(checkpoint, open_clip.get_model_config(name), weights)
         model = open_clip.create_model(
             name, None if name.startswith(FOLDER) else weights, force_preprocess_cfg=preprocess,
@@ -108,6 +109,16 @@ def _download(repository: str, revision: str | None) -> str:
     folder = snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"])
     download_pretrained_from_hf(repository, revision=Path(folder).name)
     return folder
+
+
+def _refuse_remote_code(checkpoint: str, config: Any) -> None:
+    """open_clip hands a configuration's tokenizer_kwargs to transformers, where trust_remote_code would do harm."""
+    if isinstance(config, dict):
+        if config.get("trust_remote_code"):
+            raise PipelineError(f"checkpoint {checkpoint}: its configuration asks for remote code "
+                                f"(trust_remote_code), which is never executed")
+        for value in config.values():
+            _refuse_remote_code(checkpoint, value)
 
 
 def _check_tensors(checkpoint: str, config: dict[str, Any], weights: str | None) -> None:

@@ -1,7 +1,6 @@
 """A trained ensemble, seeds x folds models: prediction, and the files of models/fusion and models/self_training."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from stages.errors import PipelineError
+from stages.files import empty_folder, replacing
 from stages.fusion import metrics
 from stages.fusion.features import Inputs, Modality, Statistics, affine
 from stages.fusion.model import Architecture, Parameters, logits
@@ -77,12 +77,12 @@ class Ensemble:
 
         Tensors: every parameter (S, F, ...), weights (out, in); standardize.<modality>.mean and .scale (F, D).
         """
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = dict(self.architecture.views(self.parameters))
         for name, (mean, scale) in self.statistics.items():
             tensors |= {f"standardize.{name}.mean": mean, f"standardize.{name}.scale": scale}
         content = save({name: t.cpu().contiguous() for name, t in tensors.items()})
-        (folder / "ensemble.safetensors").write_bytes(content)  # save_file would make it readable by its owner only
+        with replacing(folder / "ensemble.safetensors", "wb") as file:
+            file.write(content)
         shapes = zip(self.architecture.modalities, self.architecture.dimensions, strict=True)
         description = {
             "modalities": [{"name": name, "dimension": dimension} for name, dimension in shapes],
@@ -92,7 +92,8 @@ class Ensemble:
             "folds": self.parameters.shape[1],
             "seeds": list(self.seeds),
         }
-        (folder / "ensemble.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / "ensemble.json") as file:
+            file.write(json.dumps(description, indent=2) + "\n")
 
 
 def load_ensemble(folder: str | Path) -> Ensemble:
@@ -173,15 +174,16 @@ def save_outputs(folder: Path, inputs: Inputs, outputs: Outputs, curves: pd.Data
 
     The folder is made anew: its old files may be links into DVC's cache, which must not be written to.
     """
-    if folder.exists():
-        shutil.rmtree(folder)
+    empty_folder(folder)
     outputs.ensemble.save(folder)
     tensors = {name: getattr(outputs, name).contiguous() for name in PREDICTIONS}
-    (folder / "predictions.safetensors").write_bytes(save(tensors))
+    with replacing(folder / "predictions.safetensors", "wb") as file:
+        file.write(save(tensors))
     rows = np.concatenate([inputs.labelled, inputs.others])
     clips = pd.DataFrame({"clip_id": np.array(inputs.clip_ids, dtype=object)[rows], "split": inputs.splits[rows]})
-    clips.to_csv(folder / "clips.csv", index=False, lineterminator="\n")
-    curves.to_csv(folder / "curves.csv", index=False, lineterminator="\n")
+    for name, table in (("clips.csv", clips), ("curves.csv", curves)):
+        with replacing(folder / name) as file:
+            table.to_csv(file, index=False, lineterminator="\n")
 
 
 def load_outputs(folder: Path) -> Outputs:

@@ -18,6 +18,7 @@ from stages.media.faces import Face, Tracker, align
 from stages.media.frames import FrameStream, encode_jpeg, shrink
 
 DETECTION_SIDE = 320  # the short side that the network sees: a face of a tenth of it is still found
+DETECTION_LENGTH = 4 * DETECTION_SIDE  # the long side at most: a damaged header can make a frame thirty times as long
 CELL = 4  # the network's outputs have one cell per 4 x 4 pixels
 MULTIPLE = 32  # its input sides must be divisible by this
 MAX_OVERLAP = 0.3  # boxes that share more are one face
@@ -95,7 +96,9 @@ class CenterFace:
 
     def detect(self, images: list[np.ndarray], min_confidence: float) -> list[list[Face]]:
         """The faces of each image, largest first, at most MAX_FACES. Images: RGB uint8 (h, w, 3), all of one size."""
-        small = np.stack([shrink(image, DETECTION_SIDE) for image in images])
+        short, long = sorted(images[0].shape[:2])
+        side = min(DETECTION_SIDE, max(1, DETECTION_LENGTH * short // long))
+        small = np.stack([shrink(image, side) for image in images])
         height, width = small.shape[1:3]
         padding = (0, 0), (0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)
         inputs = np.pad(small, padding).transpose(0, 3, 1, 2).astype(np.float32)  # raw 0..255 RGB, as it was trained

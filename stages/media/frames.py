@@ -27,7 +27,7 @@ def sample_frames(
         count = sum(not packet.is_discard for packet in reader.packets())
         note = damage_note(reader.seconds, reader.declared_seconds, reader.damaged)
     images, decoded, damaged = encode_chosen(path, segment_midpoints(count, per_clip), short_side, quality)
-    if len(images) < len(segment_midpoints(count, per_clip)):
+    if not images or len(images) < len(segment_midpoints(count, per_clip)):
         if not decoded:
             raise Skip(f"no frame can be decoded: {note or f'{count} packets read'}")
         note = f"damaged: {decoded} of {count} frames decoded"

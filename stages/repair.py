@@ -1,0 +1,75 @@
+"""Forget a damaged store wherever it is kept, so that `dvc repro` makes it anew.
+
+    python -m stages.repair features/hubert && dvc repro
+
+A shard may lie in three places, as one file linked or as copies: the out folder, .cache/parts and DVC's cache. DVC
+trusts its cache unseen: when only the out folder is removed, it brings the damaged file back, and even `dvc repro -f`
+leaves it in the cache. So every cached file of the folder is compared with its checksum, and what differs is removed,
+and so is the folder. DVC then restores it from a sound cache or runs the stage, which checks its finished parts itself.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.errors import PipelineError, run_stage
+from stages.params import read_yaml
+from stages.store import INDEX
+
+
+def outs_around(folder: Path) -> dict[str, str]:
+    """path -> md5 of the directory outs in dvc.lock that are the folder or hold it."""
+    stages = read_yaml("dvc.lock")["stages"] if Path("dvc.lock").exists() else {}
+    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
+    return {out["path"]: out["md5"] for out in outs if folder.is_relative_to(out["path"]) and ".dir" in out["md5"]}
+
+
+def cached_files(folder: Path, cache: Path) -> Iterator[Path]:
+    """Where DVC's cache keeps the files of the folder, and the listing that names them."""
+    for path, md5 in outs_around(folder).items():
+        listing = _object(cache, md5)
+        yield listing
+        if not listing.exists() or is_damaged(listing):
+            continue
+        for entry in json.loads(listing.read_text()):
+            if Path(path, entry["relpath"]).is_relative_to(folder):
+                yield _object(cache, entry["md5"])
+
+
+def _object(cache: Path, md5: str) -> Path:
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file of DVC's cache differs from the checksum that is its name; a missing one does not."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.stem
+
+
+def forget(folder: Path, cache: Path) -> list[Path]:
+    """Remove the folder and the damaged files that DVC's cache holds for it; returns the latter."""
+    damaged = [path for path in cached_files(folder, cache) if is_damaged(path)]
+    for path in damaged:
+        path.unlink()
+    if folder.exists():
+        shutil.rmtree(folder)
+    return damaged
+
+
+def main() -> None:
+    folder = Path(*sys.argv[1:])
+    if not outs_around(folder) and not (folder / INDEX).exists():
+        raise PipelineError(f"{folder}: expected a store's folder as params and messages name it, such as data/audio")
+    cache = subprocess.run(["dvc", "cache", "dir"], text=True, capture_output=True, check=True).stdout.strip()
+    damaged = forget(folder, Path(cache))
+    print(f"repair: removed {folder} and {len(damaged)} damaged files of DVC's cache; now run dvc repro")
+
+
+if __name__ == "__main__":
+    run_stage(main)
