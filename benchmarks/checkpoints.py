@@ -25,7 +25,8 @@ class DecoderSize:
 
 
 BAICHUAN_13B = DecoderSize(40, 5120, 40, 13696)
-SMALL_DECODER = DecoderSize(8, 512, 8, 1376)
+SMALL_DECODER = DecoderSize(6, 256, 4, 688)
+WIDER_DECODER = DecoderSize(8, 512, 8, 1376)
 
 
 def make_hubert(folder: Path, large: bool) -> Path:

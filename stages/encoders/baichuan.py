@@ -290,10 +290,11 @@ class _Layer(nn.Module):
         if bias is not None:
             bias = bias.expand(len(x), -1, -1, -1)
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None)
-        x = x + self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2))
+        # in place where a tensor is new: on a CPU allocating costs as much as adding
+        x = self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2)).add_(x)
         normed = self.post_attention_layernorm(x)
-        gated = functional.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        return x + self.mlp["down_proj"](gated)
+        gated = functional.silu(self.mlp["gate_proj"](normed), inplace=True).mul_(self.mlp["up_proj"](normed))
+        return self.mlp["down_proj"](gated).add_(x)
 
 
 def load_decoder(folder: Path, checkpoint: str, dtype: Dtype, device: str, layers: list[int]) -> Decoder:
