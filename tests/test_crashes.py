@@ -8,7 +8,6 @@ import csv
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,9 +64,7 @@ def prepare(folder: Path, names: tuple[str, ...]) -> tuple[Project, dict[str, St
     YAML().dump(values, folder / "params.yaml")
     stages = {stage.name: stage for stage in stages_of(names)}
     for stage in stages.values():
-        start = time.monotonic()
-        project.run(stage)
-        stage.duration = time.monotonic() - start
+        project.run(stage, from_nothing=True)
         if stage.name == "demo":
             path = folder / "data/demo/raw/label-transcription.csv"
             rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
