@@ -1,5 +1,6 @@
 # make demo: set up, run the whole pipeline on the demo corpus, show the metrics.   make test: the tests.
 # make tables: the paper's Tables 1 and 2 on the current corpus, in reports/tables.md.
+# make release: the trained models as one folder for other machines, models/release.
 # `export` puts the environment's python and dvc first, so nothing need be activated.
 SHELL := /bin/bash
 SYSTEM_PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
@@ -7,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(SYSTEM_PATH)
 export DVC_NO_ANALYTICS := 1
 READY := .venv/ready
 
-.PHONY: setup demo tables test lint lock clean
+.PHONY: setup demo tables release test lint lock clean
 
 demo: $(READY)
 	dvc repro
@@ -18,6 +19,9 @@ demo: $(READY)
 
 tables: $(READY)
 	python -m benchmarks.tables
+
+release: $(READY)
+	python -m stages.release
 
 test: $(READY)
 	pytest -q -n auto --dist loadfile -m "not slow"

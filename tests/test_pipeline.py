@@ -242,6 +242,46 @@ def test_killed_in_the_middle_it_continues_to_the_same_bytes(repository: Reposit
     assert repository.stages_run(repository.run("dvc", "repro")) == []
 
 
+def test_new_clips_get_what_the_pipeline_gave_them_here_and_from_a_bundle(
+    repository: Repository, tmp_path: Path
+) -> None:
+    clips = "data/demo/raw/video-unlabeled-with-test2noise"
+    repository.run("python", "-m", "stages.predict", clips, "--transcripts", "data/transcripts.csv", "--out",
+                   "predicted.csv")
+    found = {Path(row["clip"]).stem: row for row in repository.rows("predicted.csv")}
+    known = {row["clip_id"]: row for row in repository.rows("reports/predictions.csv") if row["split"] != "labelled"}
+    assert found.keys() == known.keys() and len(found) == 60  # the five broken ones too
+    for clip_id, row in known.items():
+        assert found[clip_id]["prediction"] == row["prediction"]
+        for name in [name for name in row if name.startswith(("prob_", "confidence"))]:
+            assert abs(float(found[clip_id][name]) - float(row[name])) <= 1e-5, (clip_id, name)
+    text = {row["clip_id"]: row["transcript"] for row in repository.rows("data/transcripts.csv")}
+    assert all(row["transcript"] == text[clip_id] for clip_id, row in found.items())
+    ranked = [row for row in found.values() if row["ranking"]]
+    assert len(ranked) == 59 and {row["present_hubert"] for row in ranked} == {"true", "false"}
+
+    assert "models/release" in repository.run("python", "-m", "stages.release")
+    assert repository.stages_run(repository.run("dvc", "repro")) == []
+    shutil.move(repository.folder / "models/release", tmp_path / "bundle")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(repository.folder / "data/transcripts.csv", tmp_path / "words.csv")
+    (tmp_path / "dvc.py").write_text("raise ImportError('there is no DVC here')\n")
+    (tmp_path / "clips").mkdir()
+    some = sorted(known)[:8]
+    for clip_id in some:
+        shutil.copyfile(repository.folder / clips / f"{clip_id}.mp4", tmp_path / "clips" / f"{clip_id}.mp4")
+    command = [sys.executable, "-m", "stages.predict", "clips", "--transcripts", "words.csv", "--bundle", "bundle",
+               "--out", "predicted.csv"]
+    bare = {"PATH": "/nowhere", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=bare, check=True, timeout=120)
+    with open(tmp_path / "predicted.csv", encoding="utf-8", newline="") as file:
+        there = {Path(row["clip"]).stem: row for row in csv.DictReader(file)}
+    assert sorted(there) == some
+    for clip_id in some:
+        for name in [name for name in there[clip_id] if name.startswith(("prob_", "attention_"))]:
+            assert float(there[clip_id][name]) == pytest.approx(float(found[clip_id][name]), rel=1e-6, abs=1e-6), name
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [

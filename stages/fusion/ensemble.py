@@ -15,7 +15,7 @@ from stages.errors import PipelineError
 from stages.files import empty_folder, replacing
 from stages.fusion import metrics
 from stages.fusion.features import Inputs, Modality, Statistics, affine
-from stages.fusion.model import Architecture, Parameters, logits
+from stages.fusion.model import Architecture, Parameters, logits_and_attention
 
 PREDICT_ROWS = 1024  # clips per chunk: bounds the memory of a prediction, whatever the number of clips
 
@@ -31,9 +31,15 @@ class Ensemble:
     statistics: Statistics  # per modality mean and scale (F, D)
     dropout: float  # it was trained with; prediction never drops
 
-    @torch.inference_mode()
     def predict(self, inputs: Inputs, rows: np.ndarray, removed: frozenset[str] = frozenset()) -> Tensor:
-        """Softmax of every model for the clips `rows` (row numbers of inputs): (S, F, len(rows), L) float32, CPU.
+        """Softmax of every model for the clips `rows` (row numbers of inputs): (S, F, len(rows), L) float32, CPU."""
+        return self.predict_with_attention(inputs, rows, removed)[0]
+
+    @torch.inference_mode()
+    def predict_with_attention(
+        self, inputs: Inputs, rows: np.ndarray, removed: frozenset[str] = frozenset()
+    ) -> tuple[Tensor, Tensor]:
+        """What predict gives, and every model's raw attention scores: (S, F, len(rows), modalities) float32, CPU.
 
         A modality in `removed` counts as absent for every clip: its input is zeros after standardisation, as for
         a clip that lacks it and as modality dropout makes it. Streams over the clips in chunks; the fold's
@@ -47,6 +53,7 @@ class Ensemble:
         used = [by_name[name] for name in modalities if name not in removed]
         folded = {modality.name: self._fold_standardisation(modality, parameters) for modality in used}
         output = torch.empty(seeds, folds, len(rows), self.architecture.labels)
+        attention = torch.empty(seeds, folds, len(rows), len(modalities))
         for start in range(0, len(rows), PREDICT_ROWS):
             chunk = torch.from_numpy(rows[start : start + PREDICT_ROWS]).to(inputs.device)
             first = []
@@ -62,9 +69,11 @@ class Ensemble:
                 product = torch.einsum(equation, values[0] if len(values) == 1 else values, weight).flatten(0, 1)
                 product += shift.flatten(0, 1)[:, None] * by_name[name].present[chunk][:, None]
                 first.append(product + bias)
-            softmax = logits(flat, modalities, first).softmax(dim=-1)
-            output[:, :, start : start + len(chunk)] = softmax.unflatten(0, (seeds, folds)).cpu()
-        return output
+            found, scores = logits_and_attention(flat, modalities, first)
+            part = slice(start, start + len(chunk))
+            output[:, :, part] = found.softmax(dim=-1).unflatten(0, (seeds, folds)).cpu()
+            attention[:, :, part] = scores.unflatten(0, (seeds, folds)).cpu()
+        return output, attention
 
     def _fold_standardisation(self, modality: Modality, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """(weight (S, F, h, D), shift (S, F, h)) with weight . matrix row + shift = the layer's weight . input."""

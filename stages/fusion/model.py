@@ -99,6 +99,13 @@ def logits(
     dropout: None in evaluation; in training (M, B, modalities * hidden), 0 or 1 / (1 - p), the dropout on the
     attention encoder's input.
     """
+    return logits_and_attention(parameters, modalities, first, dropout)[0]
+
+
+def logits_and_attention(
+    parameters: Parameters, modalities: Sequence[str], first: Sequence[Tensor], dropout: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What logits gives, and the raw attention scores that weigh the encodings, (M, B, modalities)."""
     encodings = [_encode(parameters, f"encoders.{name}", x) for name, x in zip(modalities, first, strict=True)]
     joined = torch.cat(encodings, dim=-1)
     if dropout is not None:
@@ -106,7 +113,7 @@ def logits(
     attention = _encode(parameters, "attention", linear(parameters, "attention.linear_1", joined))
     scores = linear(parameters, "scores", attention)
     fused = torch.stack([scores[..., i : i + 1] * encoding for i, encoding in enumerate(encodings)]).sum(dim=0)
-    return linear(parameters, "classifier", fused)
+    return linear(parameters, "classifier", fused), scores
 
 
 def _encode(parameters: Parameters, name: str, first: Tensor) -> Tensor:

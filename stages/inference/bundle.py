@@ -1,0 +1,223 @@
+"""A release bundle: one folder with all that predict needs, for a machine without DVC, data or git.
+
+    release.json       schema version, labels, modalities, and the SHA-256 of every other file
+    params.yaml        resolved params; checkpoints are published names, or checkpoints/<name>
+    ensemble/          ensemble.json and ensemble.safetensors: every fold's and seed's model
+    emovclip/          EmoVCLIP's prompts per fold, safetensors
+    checkpoints/       encoders that were folders of the repository, without anything but weights and descriptions
+    metrics.json, README.md
+
+Opening one executes nothing of it: JSON, YAML's safe subset, safetensors, and .bin weights through weights_only. No
+path in it can lead out of it, and it can't name a program to run, a server to ask or a variable that holds a key:
+those are the machine's own affair. The digests find damage; they are no signature.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from stages.errors import PipelineError
+from stages.files import empty_folder, replacing
+from stages.inference.trained import Trained, assemble
+from stages.params import Params, load
+
+SCHEMA = 1
+INDEX = "release.json"
+PARAMS = "params.yaml"
+ENSEMBLE = ("ensemble.json", "ensemble.safetensors")
+CHECKPOINTS = "checkpoints"
+KEPT = {".json", ".txt", ".model", ".vocab", ".jinja"}  # of a checkpoint, besides its weights; never Python
+WEIGHTS = ("*.safetensors", "*pytorch_model*.bin")  # the first kind that is there
+PUBLISHED = re.compile(r"(hf-hub:)?(?!\.)[\w.-]+/(?!\.)[\w.-]+|(?!\.)[\w.-]+ / (?!\.)[\w.-]+")
+REMEDY = "fetch it again, or make it anew with: make release"
+# What belongs to a machine, not to a model
+RUNTIME = {"device": "auto", "workers": "auto", "executor": "local", "batch_memory_mb": "auto"}
+ASKING = {"base_url": None, "api_key_env": "OPENAI_API_KEY", "batch": False}
+OPENFACE = "FeatureExtraction"  # looked for in PATH
+SERVER = "OPENAI_BASE_URL"  # as OpenAI's own client knows it
+
+
+def portable(p: Params) -> Params:
+    """The params without what belongs to one machine. A bundle's are made so when written, and again when opened."""
+    binary = OPENFACE if p.faces.detector == "openface" else None
+    return p.model_copy(update={
+        "corpus": p.corpus.model_copy(update={"path": "not part of a release", "truth": None}),
+        "faces": p.faces.model_copy(update={"openface_binary": binary}),
+        "rankings": p.rankings.model_copy(update=ASKING),
+        "runtime": p.runtime.model_copy(update=RUNTIME),
+    })
+
+
+def checkpoint_keys(trained: Trained) -> list[str]:
+    """Where params name the checkpoints that a prediction loads."""
+    p = trained.params
+    keys = ["emovclip.checkpoint" if name == "emovclip" else f"extractors.{name}.checkpoint"
+            for name in trained.modalities]
+    if trained.reads_text and p.transcribe.checkpoint:
+        keys.append("transcribe.checkpoint")
+    if "rankings.jsonl" in trained.media and p.rankings.provider == "transformers":
+        keys.append("rankings.model")
+    return keys
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_bundle(out: Path, trained: Trained, metrics: Path, card: str) -> int:
+    """Write the bundle, in place of an earlier one once it is whole; the bytes that it takes.
+
+    Raises PipelineError for a checkpoint that is a folder outside the repository, or none, nor a published name.
+    """
+    folder = out.with_name(f".{out.name}.tmp")
+    empty_folder(folder)
+    try:
+        _fill(folder, trained, metrics, card)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
+    values = portable(trained.params).model_dump(mode="json")
+    _take_checkpoints(folder, values, checkpoint_keys(trained))
+    sources = {f"ensemble/{name}": trained.ensemble / name for name in ENSEMBLE}
+    sources |= {f"emovclip/{path.name}": path for path in trained.prompts} | {"metrics.json": metrics}
+    for name, source in sources.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    with replacing(folder / PARAMS) as file:
+        YAML(typ="safe", pure=True).dump(values, file)
+    with replacing(folder / "README.md") as file:
+        file.write(card)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    index = {
+        "schema": SCHEMA,
+        "labels": trained.params.corpus.labels,
+        "modalities": list(trained.modalities),
+        "files": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
+    }
+    with replacing(folder / INDEX) as file:
+        file.write(json.dumps(index, indent=2) + "\n")
+
+
+def _take_checkpoints(folder: Path, values: dict[str, Any], keys: Sequence[str]) -> None:
+    """Copy the checkpoints that are folders of the repository, each once, and let `values` name the copies."""
+    copied: dict[Path, str] = {}
+    for key in keys:
+        checkpoint = Path(_get(values, key))
+        if checkpoint.is_dir():
+            if not Path(os.path.abspath(checkpoint)).is_relative_to(Path.cwd()):
+                raise PipelineError(f"params.yaml: {key}: {checkpoint} lies outside the repository; a release takes "
+                                    f"along what lies inside; link it below models/, or give its published name")
+            if checkpoint not in copied:
+                copied[checkpoint] = _copy_checkpoint(checkpoint, folder, set(copied.values()))
+            _set(values, key, copied[checkpoint])
+        elif not PUBLISHED.fullmatch(str(checkpoint)):
+            raise PipelineError(f"params.yaml: {key}: {checkpoint}: no such folder; expected one, or the name of a "
+                                f"published checkpoint")
+
+
+def _copy_checkpoint(checkpoint: Path, folder: Path, taken: set[str]) -> str:
+    """Copy what loading needs of a checkpoint; its place in the bundle."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.suffix in KEPT and path.is_file()]
+    weights = next((found for pattern in WEIGHTS if (found := sorted(checkpoint.glob(pattern)))), [])
+    name = f"{CHECKPOINTS}/{checkpoint.name}"
+    while name in taken:
+        name += "_"
+    (folder / name).mkdir(parents=True)
+    for path in files + weights:
+        shutil.copyfile(path, folder / name / path.name)
+    return name
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _get(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _set(values: Any, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        values = values[part]
+    values[last] = value
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_bundle(bundle: Path) -> Trained:
+    """The models and params of a bundle, with every file compared with its digest.
+
+    Raises PipelineError for what is no bundle, another schema, a file that is missing, altered or superfluous, and for
+    a path that leads out of the bundle.
+    """
+    index = _read_index(bundle)
+    _check_files(bundle, index["files"])
+    p = portable(load(bundle / PARAMS))
+    p = p.model_copy(update={"rankings": p.rankings.model_copy(update={"base_url": os.environ.get(SERVER)})})
+    trained = assemble(p, bundle / "ensemble", bundle / "emovclip", REMEDY)
+    for path in trained.prompts:
+        if path.relative_to(bundle).as_posix() not in index["files"]:
+            raise PipelineError(f"{bundle / INDEX}: does not list {path.relative_to(bundle)}; {REMEDY}")
+    values = trained.params.model_dump()
+    for key in checkpoint_keys(trained):
+        checkpoint = _get(values, key)
+        if any(name.rpartition("/")[0] == checkpoint for name in index["files"]):
+            _set(values, key, str(bundle / checkpoint))
+        elif not PUBLISHED.fullmatch(checkpoint) or Path(checkpoint).exists():
+            raise PipelineError(f"{bundle / PARAMS}: {key}: found {checkpoint!r}, expected a folder of the "
+                                f"bundle or the name of a published checkpoint; {REMEDY}")
+    return Trained(Params.model_validate(values), trained.ensemble, trained.modalities, trained.prompts)
+
+
+def _read_index(bundle: Path) -> dict[str, Any]:
+    path = bundle / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise PipelineError(f"{bundle}: no release bundle: found no {INDEX}; expected what `make release` writes"
+                            ) from None
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: can't be read ({error}); {REMEDY}") from None
+    found = index.get("schema") if isinstance(index, dict) else None
+    if found != SCHEMA:
+        raise PipelineError(f"{path}: schema {found}, expected {SCHEMA}; use the version of this program that wrote "
+                            f"it, or make it anew with: make release")
+    files = index.get("files")
+    if not isinstance(files, dict) or not {PARAMS, *(f"ensemble/{name}" for name in ENSEMBLE)} <= files.keys():
+        raise PipelineError(f"{path}: does not list {PARAMS}, {' and '.join(ENSEMBLE)}; {REMEDY}")
+    return index
+
+
+def _check_files(bundle: Path, files: Mapping[str, str]) -> None:
+    """Raises PipelineError for a file that leads out, is missing, altered, or lies unlisted in a checkpoint."""
+    inside = bundle.resolve()
+    for name, digest in files.items():
+        path = bundle / name
+        parts = PurePosixPath(name)
+        outside = parts.is_absolute() or ".." in parts.parts or not name.isprintable()
+        if outside or not path.resolve().is_relative_to(inside):
+            raise PipelineError(f"{bundle / INDEX}: {name} leads out of the bundle; {REMEDY}")
+        if not path.is_file():
+            raise PipelineError(f"{path}: missing; {REMEDY}")
+        if _digest(path) != digest:
+            raise PipelineError(f"{path}: altered or damaged: not the file that {INDEX} lists; {REMEDY}")
+    for path in sorted((bundle / CHECKPOINTS).rglob("*")):
+        if path.is_file() and path.relative_to(bundle).as_posix() not in files:
+            raise PipelineError(f"{path}: {INDEX} does not list it; remove it, or {REMEDY}")

@@ -1,0 +1,167 @@
+"""New clips through the pipeline's own parts: decoding, encoders, pooling and the trained ensemble of fold models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.devices import pick_device, pick_workers
+from stages.encoding import Encode, pooled_row
+from stages.errors import PipelineError
+from stages.extract import identity, make_encoder
+from stages.extraction import Input
+from stages.fusion.ensemble import Ensemble, load_ensemble
+from stages.fusion.features import Inputs, Modality
+from stages.inference import emovclip
+from stages.inference.decoding import Decoding, media_functions
+from stages.inference.texts import Texts, find_texts
+from stages.inference.trained import Trained
+from stages.store import Row
+from stages.workers import Workers
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is known of one clip. Class order as Ensemble.label_names, modality order as its architecture's."""
+
+    clip: Path
+    probabilities: np.ndarray | None  # (L,) equal-weight mean of all models' softmaxes; None where nothing was present
+    votes: int  # models that call it as the mean does
+    attention: np.ndarray  # (modalities,) mean of the models' raw attention scores
+    present: tuple[bool, ...]  # by modality
+    transcript: str
+    ranking: list[str] | None
+    reason: str  # what is absent or partial, and why
+
+
+def predict(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str]) -> Iterator[Prediction]:
+    """Every clip's prediction, in order, each chunk of clips as soon as it is through; `given` are transcripts.
+
+    Raises PipelineError for what is wrong with the models or the machine; a clip that can't be used is a Prediction.
+    """
+    p = trained.params
+    device = pick_device(p.runtime.device)
+    functions = media_functions(p, trained.media)
+    workers = Workers(pick_workers(p.runtime), p.runtime.clip_timeout_seconds)
+    try:
+        decoding = Decoding(clips, functions, workers)  # begins here, while the models are loaded
+        texts = find_texts(trained, clips, given, workers)
+        ensemble = load_ensemble(trained.ensemble)
+        encoders = open_encoders(trained, device)
+        for part, media in decoding:
+            features = {}
+            for name, encoder in encoders.items():
+                inputs = encoder_inputs(trained.medium(name), part, media, texts, p.audio.sample_rate)
+                (features[name],) = encoder.shards([inputs])
+            yield from fuse(ensemble, part, media, features, texts, device)
+    finally:
+        workers.close()
+
+
+def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
+    """The encoder of every modality, on the device. Raises PipelineError naming the modality whose encoder fails."""
+    encoders = {}
+    for name in trained.modalities:
+        if name == "emovclip":
+            make: Any = partial(emovclip.make_encoder, config=trained.params.emovclip, prompts=trained.prompts)
+        else:
+            make = partial(make_encoder, name=name, row=trained.params.extractors[name])
+        row = partial(pooled_row, keep_frames=False, variance=name != "emovclip")
+        encoders[name] = Encode(make, identity, row, trained.params.runtime)
+        try:
+            encoders[name].open(device)
+        except PipelineError as error:
+            raise PipelineError(f"modality {name}: {error}") from None
+    return encoders
+
+
+def encoder_inputs(
+    medium: str, clips: Sequence[Path], media: Mapping[str, Sequence[Row]], texts: Texts, sample_rate: int
+) -> list[Input]:
+    """One encoder's inputs as the stages extract and extract_emovclip hand them over."""
+    if medium not in media:
+        return [Input(str(clip), texts.item(clip, medium), b"") for clip in clips]
+    return [
+        Input(row.clip_id, (row.values, sample_rate) if medium == "audio" else row.values, b"", absent=not row.present)
+        for row in media[medium]
+    ]
+
+
+# ---------------------------------------------------------------- the fusion
+
+
+def fuse(
+    ensemble: Ensemble,
+    clips: Sequence[Path],
+    media: Mapping[str, Sequence[Row]],
+    features: Mapping[str, Sequence[Row]],
+    texts: Texts,
+    device: str,
+) -> Iterator[Prediction]:
+    """The ensemble's predictions for one chunk of clips."""
+    inputs = fusion_inputs(ensemble, [str(clip) for clip in clips], features, device)
+    softmax, scores = ensemble.predict_with_attention(inputs, np.arange(len(clips)))
+    probabilities, attention = softmax.mean(dim=1).mean(dim=0).numpy(), scores.mean(dim=(0, 1)).numpy()
+    votes = (softmax.argmax(dim=-1) == torch.from_numpy(probabilities).argmax(dim=-1)).sum(dim=(0, 1)).tolist()
+    present = inputs.present.cpu().numpy()
+    for i, clip in enumerate(clips):
+        usable = bool(present[i].any())
+        yield Prediction(
+            clip,
+            probabilities[i] if usable else None,
+            votes[i] if usable else 0,
+            attention[i],
+            tuple(present[i].tolist()),
+            texts.transcript(clip),
+            texts.ranking(clip),
+            reasons({name: rows[i].reason for name, rows in {**media, **features}.items()}),
+        )
+
+
+def reasons(by_source: Mapping[str, str]) -> str:
+    """`audio, frames: what is wrong with them; baichuan: no transcript`; sources that say the same stand together."""
+    sources: dict[str, list[str]] = {}
+    for source, reason in by_source.items():
+        if reason:
+            sources.setdefault(reason, []).append(source)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in sources.items())
+
+
+def fusion_inputs(
+    ensemble: Ensemble, clip_ids: list[str], features: Mapping[str, Sequence[Row]], device: str
+) -> Inputs:
+    """The clips' pooled features as the fusion takes them. Raises PipelineError for features of another dimension."""
+    count = len(clip_ids)
+    modalities = tuple(_modality(ensemble, name, features[name], device) for name in ensemble.architecture.modalities)
+    nowhere = np.full(count, -1)
+    return Inputs(clip_ids, np.full(count, "test"), nowhere, nowhere, ensemble.label_names, modalities)
+
+
+def _modality(ensemble: Ensemble, name: str, rows: Sequence[Row], device: str) -> Modality:
+    """Centred and scaled by the folds' own statistics, which keeps float32's digits for what tells clips apart."""
+    mean, scale = ensemble.statistics[name]  # (F, D)
+    present = torch.tensor([row.present for row in rows])
+    found = [_vector(row) for row in rows if row.present]
+    folds, dimension = mean.shape
+    sizes = {folds * dimension, dimension} if name == "emovclip" else {dimension}
+    if found and len(found[0]) not in sizes:
+        raise PipelineError(f"modality {name}: the encoder gives {len(found[0])} features, but the models were trained "
+                            f"on {dimension}; params.yaml or the checkpoint changed since: run dvc repro")
+    groups = len(found[0]) // dimension if found else 1
+    raw = torch.from_numpy(np.stack(found)).unflatten(1, (groups, dimension)).transpose(0, 1) if found else None
+    centre, spread = (t if groups > 1 else t.mean(dim=0, keepdim=True) for t in (mean, scale))
+    matrix = torch.zeros(groups, len(rows), dimension)
+    if raw is not None:
+        matrix[:, present] = (raw - centre[:, None]) / spread[:, None]
+    on_device: list[Tensor] = [tensor.to(device) for tensor in (matrix, centre, spread, present)]
+    return Modality(name, *on_device)
+
+
+def _vector(row: Row) -> np.ndarray:
+    """Mean, and variance where the modality has one, as the fusion's columns stand."""
+    return np.concatenate([statistic for statistic in (row.mean, row.var) if statistic is not None])

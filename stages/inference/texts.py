@@ -1,0 +1,88 @@
+"""Every clip's words and their ranking, before the encoders see anything.
+
+One pass over all clips: so the ranking provider is asked once, estimates the cost once, and its hard stop holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stages.devices import pick_device
+from stages.encoding import Encode
+from stages.errors import PipelineError
+from stages.extract import identity
+from stages.extraction import Input
+from stages.inference.decoding import Decoding, media_functions
+from stages.inference.trained import Trained
+from stages.params import Params
+from stages.rankings.cache import Answer
+from stages.rankings.providers import rank
+from stages.transcribe import make_recognizer, text_row
+from stages.workers import Workers
+
+
+class Texts:
+    """Transcripts and, where an encoder wants them, rankings."""
+
+    def __init__(self, transcripts: Mapping[Path, str], answers: Mapping[str, Answer]):
+        self._transcripts, self._answers = transcripts, answers
+
+    def transcript(self, clip: Path) -> str:
+        return self._transcripts.get(clip, "")
+
+    def ranking(self, clip: Path) -> list[str] | None:
+        answer = self._answers.get(self.transcript(clip))
+        return answer.ranking if answer else None
+
+    def item(self, clip: Path, medium: str) -> Any:
+        """What extract's text encoders take: the transcript, or it with its ranking; "" where there is none."""
+        transcript = self.transcript(clip)
+        if medium == "transcripts.csv" or not transcript:
+            return transcript
+        answer = self._answers[transcript]
+        return {"transcript": transcript, "ranking": answer.ranking, "reason": answer.reason}
+
+
+def find_texts(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str], workers: Workers) -> Texts:
+    """The given transcripts, recognised ones for the clips without, and the rankings of all.
+
+    Raises PipelineError as the recogniser and the ranking provider do.
+    """
+    if not trained.reads_text:
+        return Texts(given, {})
+    p = trained.params
+    transcripts = {clip: text.strip() for clip, text in given.items()}
+    wordless = [clip for clip in clips if not transcripts.get(clip)]
+    if wordless and p.transcribe.checkpoint:
+        transcripts |= recognize(wordless, p, workers)
+    distinct = list(dict.fromkeys(text for clip in clips if (text := transcripts.get(clip))))
+    ranked = distinct and "rankings.jsonl" in trained.media
+    return Texts(transcripts, rank(distinct, p) if ranked else {})
+
+
+def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, str]:
+    """Texts of those clips that have usable audio, as the stage transcribe makes them."""
+    from tqdm import tqdm
+
+    from stages.encoders.asr import Config
+
+    decoding = Decoding(clips, media_functions(p, {"audio"}), workers)
+    config = Config(**p.transcribe.model_dump())
+    work = Encode(partial(make_recognizer, config=config), identity, text_row, p.runtime)
+    try:
+        work.open(pick_device(p.runtime.device))
+    except PipelineError as error:
+        raise PipelineError(f"transcribe: {error}") from None
+    texts: dict[Path, str] = {}
+    with tqdm(total=len(clips), desc="transcribe", unit="clip", mininterval=1) as bar:
+        for part, media in decoding:
+            inputs = [
+                Input(str(clip), (row.values, p.audio.sample_rate), b"", absent=not row.present)
+                for clip, row in zip(part, media["audio"], strict=True)
+            ]
+            (rows,) = work.shards([inputs])
+            texts |= {clip: row.values for clip, row in zip(part, rows, strict=True) if row.present}
+            bar.update(len(part))
+    work.close()
+    return texts

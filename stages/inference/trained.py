@@ -1,0 +1,117 @@
+"""What was trained, and the params that it was trained with: the repository's own, or (bundle.py) a release's."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stages.errors import PipelineError
+from stages.params import Params, Runtime, load, read_yaml
+
+ENSEMBLE = Path("models/self_training")
+PROMPTS = Path("models/emovclip")
+# Sections of params.yaml on which a clip's features depend, and the keys in them that only say how they are had
+FEATURES = ("corpus.labels", "audio", "transcribe", "frames", "faces", "rankings", "extractors", "emovclip")
+OPERATION = ("base_url", "api_key_env", "batch", "max_cost_usd", "price_per_million", "openface_binary")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that a prediction needs. Nothing is loaded yet: knowing what to decode must not wait for torch."""
+
+    params: Params
+    ensemble: Path  # folder of ensemble.json and ensemble.safetensors
+    modalities: tuple[str, ...]  # in the ensemble's order
+    prompts: tuple[Path, ...]  # of EmoVCLIP: one file per fold, or one for all; none where the fusion does not use it
+
+    def medium(self, modality: str) -> str:
+        """What the modality's encoder takes: audio, frames, faces, transcripts.csv or rankings.jsonl."""
+        return "frames" if modality == "emovclip" else self.params.extractors[modality].input
+
+    @property
+    def media(self) -> set[str]:
+        return {self.medium(modality) for modality in self.modalities}
+
+    @property
+    def reads_text(self) -> bool:
+        return any(medium.endswith((".csv", ".jsonl")) for medium in self.media)
+
+    def on(self, device: str) -> "Trained":
+        """The same to run on another device than params say. Raises PipelineError for what is no device's name."""
+        runtime = self.params.runtime.model_dump() | {"device": device}
+        try:
+            update = {"runtime": Runtime.model_validate(runtime)}
+        except ValidationError:
+            raise PipelineError(f"--device: found {device!r}, expected auto, cpu, cuda or cuda:N") from None
+        return replace(self, params=self.params.model_copy(update=update))
+
+
+def trained_here() -> Trained:
+    """The models of the pipeline in the current folder.
+
+    Raises PipelineError where there are none yet, or where params.yaml is no longer what their features were made with.
+    """
+    p = load()
+    trained = assemble(p, ENSEMBLE, PROMPTS, "dvc repro self_train")
+    if Path("dvc.lock").exists():
+        check_params(read_yaml("params.yaml"), read_yaml("dvc.lock"), trained.modalities)
+    return trained
+
+
+def assemble(p: Params, ensemble: Path, prompts: Path, remedy: str) -> Trained:
+    """Trained, its files found. PipelineError with the remedy where one is missing, or p lacks a modality's row."""
+    path = ensemble / "ensemble.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        modalities = tuple(modality["name"] for modality in description["modalities"])
+        labels = description["labels"]
+        parts = ["all"] if p.emovclip.scope == "all" else [f"fold-{fold}" for fold in range(description["folds"])]
+    except FileNotFoundError:
+        raise PipelineError(f"{ensemble}: no trained models; make them with: {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"{path}: can't be read ({error}); make it anew with: {remedy}") from None
+    files = tuple(prompts / f"{part}.safetensors" for part in parts if "emovclip" in modalities)
+    for file in (ensemble / "ensemble.safetensors", *files):
+        if not file.is_file():
+            raise PipelineError(f"{file}: no trained models; make them with: {remedy}")
+    if labels != p.corpus.labels:
+        raise PipelineError(f"params.yaml: corpus.labels: found {p.corpus.labels}, but the models were trained with "
+                            f"{labels}; set it back, or run dvc repro")
+    for name in modalities:
+        if name != "emovclip" and name not in p.extractors:
+            raise PipelineError(f"params.yaml: extractors: found no row {name!r}, which the models were trained with; "
+                                f"run dvc repro")
+    return Trained(p, ensemble, modalities, files)
+
+
+def check_params(values: Mapping[str, Any], lock: Mapping[str, Any], modalities: tuple[str, ...]) -> None:
+    """Compare params.yaml with dvc.lock, which has what every stage ran with, wherever both have a key.
+
+    Raises PipelineError naming the first param that now makes other features than the models were trained on.
+    """
+    for stage, entry in lock.get("stages", {}).items():
+        if "@" in stage and stage.partition("@")[2] not in modalities:
+            continue
+        for key, trained in entry.get("params", {}).get("params.yaml", {}).items():
+            if not key.startswith(FEATURES):
+                continue
+            found = _leaves(key, _lookup(values, key))
+            for leaf, expected in _leaves(key, trained).items():
+                if leaf.rpartition(".")[2] not in OPERATION and found.get(leaf, expected) != expected:
+                    raise PipelineError(f"params.yaml: {leaf}: found {found[leaf]!r}, but the models were trained with "
+                                        f"{expected!r}; set it back, or run dvc repro")
+
+
+def _lookup(values: Any, path: str) -> Any:
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _leaves(path: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {leaf: v for name, inside in value.items() for leaf, v in _leaves(f"{path}.{name}", inside).items()}

@@ -1,0 +1,64 @@
+"""A repository with trained models, made in seconds: the demo's encoders, and random fusion models and prompts."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from broken_media import clip
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+
+from stages.corpus.demo.checkpoints import make_baichuan, make_hubert
+from stages.corpus.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
+from stages.fusion.ensemble import Ensemble
+from stages.fusion.model import Architecture, initial_parameters
+from stages.params import read_yaml
+
+ROOT = Path(__file__).parent.parent
+SENTENCES = ["我今天很高兴", "你为什么不告诉我？", "他走了，再也不会回来。"]
+DIMENSIONS = {"hubert": 128, "clip": 128, "emovclip": 64, "baichuan": 192}  # means and variances of the miniatures
+FOLDS, SEEDS = 3, (0, 1)
+
+
+def make_trained(root: Path) -> None:
+    """params.yaml, models/ and reports/metrics.json below root, and three clips in root/clips."""
+    values = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
+    values["runtime"] |= {"device": "cpu", "workers": 2}
+    values["fusion"]["seeds"] = list(SEEDS)
+    values["folds"]["count"] = FOLDS
+    values["corpus"]["path"] = "/home/somebody/corpus"
+    root.mkdir(parents=True, exist_ok=True)
+    YAML().dump(values, root / "params.yaml")
+    make_hubert(root / "models/demo/hubert", 0)
+    make_clip(root / "models/demo/clip", 0)
+    make_baichuan(root / "models/demo/baichuan", 0, SENTENCES)
+    make_ensemble(tuple(values["corpus"]["labels"])).save(root / "models/self_training")
+    generator = torch.Generator().manual_seed(1)
+    (root / "models/emovclip").mkdir()
+    for fold in range(FOLDS):
+        widths = {"vision": WIDTH, "text": TEXT_WIDTH}
+        prompts = {name: torch.randn(LAYERS, 4, width, generator=generator) for name, width in widths.items()}
+        save_file(prompts, root / f"models/emovclip/fold-{fold}.safetensors")
+    metrics = json.loads((ROOT / "reports/metrics.json").read_text()) | {"seeds": len(SEEDS), "folds": FOLDS}
+    (root / "reports").mkdir()
+    (root / "reports/metrics.json").write_text(json.dumps(metrics))
+    (root / "clips").mkdir()
+    clip(root / "clips/a.mp4", count=30, seconds=1.2)
+    clip(root / "clips/b.mkv", count=20, seconds=0.8, size=(400, 300))
+    shutil.copyfile(root / "clips/a.mp4", root / "clips/c.mp4")
+
+
+def make_ensemble(labels: tuple[str, ...], **changes: int) -> Ensemble:
+    """Fold models that were never trained, but differ, each with a standardisation of its own."""
+    dimensions = {**DIMENSIONS, **changes}
+    architecture = Architecture(tuple(dimensions), tuple(dimensions.values()), 32, len(labels))
+    seeds = range(len(SEEDS) * FOLDS)
+    parameters = initial_parameters(architecture, seeds).unflatten(0, (len(SEEDS), FOLDS))
+    generator = torch.Generator().manual_seed(2)
+    statistics = {
+        name: (torch.randn(FOLDS, size, generator=generator), 0.1 + torch.rand(FOLDS, size, generator=generator))
+        for name, size in dimensions.items()
+    }
+    return Ensemble(architecture, labels, SEEDS, parameters, statistics, dropout=0.3)
