@@ -24,7 +24,7 @@ release: $(READY)
 	python -m stages.release
 
 test: $(READY)
-	pytest -q -n auto --dist loadfile -m "not slow"
+	pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(READY)
 	ruff check .

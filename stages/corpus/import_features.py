@@ -209,8 +209,8 @@ def import_features(request: Request) -> None:
     found = sorted({entry.label for entry in entries if entry.label})
     if len(found) < 2:
         raise PipelineError(f"{request.labels}: found the classes {found}, expected two or more")
-    yaml = YAML()
-    yaml.width = 4096
+    round_trip = YAML()  # keeps comments
+    round_trip.width = 4096
     request.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=request.folder, prefix=".import-") as temporary:
         write_data(request, entries, Path(temporary))
@@ -220,13 +220,13 @@ def import_features(request: Request) -> None:
             os.replace(Path(temporary) / name, request.folder / name)
     if classes is None:
         unlabelled = any(entry.split == "unlabelled" for entry in entries)
-        values = yaml.load(ROOT / "params.yaml")
+        values = round_trip.load(ROOT / "params.yaml")
         with replacing(own) as file:
-            yaml.dump(make_params(values, found, list(request.features), unlabelled), file)
+            round_trip.dump(make_params(values, found, list(request.features), unlabelled), file)
     up = os.path.relpath(ROOT, request.folder.resolve())
     with replacing(request.folder / "dvc.yaml") as file:
         file.write("# Made of the repository's dvc.yaml by stages.corpus.import_features: run it again, don't edit.\n")
-        yaml.dump(make_pipeline(read_yaml(ROOT / "dvc.yaml"), up), file)
+        round_trip.dump(make_pipeline(read_yaml(ROOT / "dvc.yaml"), up), file)
     (request.folder / ".gitignore").write_text(IGNORED)
     p = load_fusion(own)
     counts = ", ".join(f"{sum(entry.split == split for entry in entries)} {split}" for split in ORDER)
