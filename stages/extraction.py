@@ -8,7 +8,7 @@ tracked params, the bytes of its declared code and its checkpoint, the file name
 
 There are two kinds of Work: stages/workers.py (media: one function per clip in worker processes that may crash
 or hang) and stages/encoding.py (an encoder on one device). With several devices each has its own process, and
-all take shards from one queue.
+all take shards from one queue; with runtime.executor: ray the nodes of a cluster do (stages/ray_executor.py).
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from stages.corpus.manifest import write_rows
+from stages.devices import pick_workers
 from stages.errors import PipelineError
 from stages.files import empty_folder, replacing
 from stages.params import Params
@@ -52,12 +53,12 @@ class Work(Protocol):
     """Turns chunks of clips into rows. Picklable; heavy parts are made in `open`, once per device process.
 
     `shards` gives each chunk's rows, in order; it may take chunks ahead of those it gives back. `attributes`
-    (known once open) join the shards' own.
+    (known once open) join the shards' own. `workers`: how many may decode at once, None = runtime.workers.
     """
 
     attributes: Mapping[str, Any]
 
-    def open(self, device: str) -> None: ...
+    def open(self, device: str, workers: int | None = None) -> None: ...
 
     def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]: ...
 
@@ -87,7 +88,7 @@ def extract(stage: Stage, inputs: Sequence[Input], work: Work, params: Params, d
     parts = _plan(stage, inputs, params.corpus.shard_size)
     todo = [(part, chunk) for part, chunk in parts if not _is_done(part, stage)]
     done = len(inputs) - sum(len(chunk) for _, chunk in todo)
-    finished = _compute(todo, work, stage, devices)
+    finished = _compute(todo, work, stage, params, devices)
     next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
     with tqdm(total=len(inputs), initial=done, desc=stage.name, unit="clip", mininterval=1, disable=not todo) as bar:
         for count in finished:
@@ -129,23 +130,32 @@ def _rows_digest(chunk: Sequence[Input]) -> str:
     return content.hexdigest()
 
 
-def _compute(todo: list[Shard], work: Work, stage: Stage, devices: Sequence[str]) -> Iterator[int]:
+def _compute(
+    todo: list[Shard], work: Work, stage: Stage, params: Params, devices: Sequence[str]
+) -> Iterator[int]:
     """Yield 0 once the work is open, then the number of clips of each shard as it is done."""
     if not todo:
         return
+    if params.runtime.executor == "ray":
+        from stages.ray_executor import compute_in_ray
+
+        yield from compute_in_ray(todo, work, stage, params, gpu=[*devices] != ["cpu"])
+        return
     if len(devices) > 1 and len(todo) > 1:
         yield 0
-        yield from _in_processes(todo, work, stage, devices)
+        workers = max(1, pick_workers(params.runtime) // len(devices))
+        yield from _in_processes(todo, work, stage, devices, workers)
         return
     work.open(devices[0])
     try:
         yield 0
-        yield from _write_shards(todo, work, stage)
+        yield from write_shards(todo, work, stage)
     finally:
         work.close()
 
 
-def _write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[int]:
+def write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[int]:
+    """Compute shards with open work; yields the number of clips of each once it is written."""
     begun: deque[Shard] = deque()
 
     def chunks() -> Iterator[Sequence[Input]]:
@@ -161,14 +171,16 @@ def _write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[i
         yield len(chunk)
 
 
-def _in_processes(todo: list[Shard], work: Work, stage: Stage, devices: Sequence[str]) -> Iterator[int]:
+def _in_processes(
+    todo: list[Shard], work: Work, stage: Stage, devices: Sequence[str], workers: int
+) -> Iterator[int]:
     """One process per device; the shards are in one queue, so a fast device does more of them."""
     context = multiprocessing.get_context("spawn")
     shards, done = context.Queue(), context.Queue()
     for shard in [*todo, *[None] * len(devices)]:
         shards.put(shard)
     with ProcessPoolExecutor(len(devices), context, _set_queues, (shards, done)) as pool:
-        processes = [pool.submit(_work_on_device, work, stage, device) for device in devices]
+        processes = [pool.submit(_work_on_device, work, stage, device, workers) for device in devices]
         try:
             for _ in todo:
                 while True:
@@ -207,10 +219,10 @@ def _set_queues(shards: Any, done: Any) -> None:
     _shards, _done = shards, done
 
 
-def _work_on_device(work: Work, stage: Stage, device: str) -> None:
-    work.open(device)
+def _work_on_device(work: Work, stage: Stage, device: str, workers: int) -> None:
+    work.open(device, workers)
     try:
-        for count in _write_shards(iter(_shards.get, None), work, stage):
+        for count in write_shards(iter(_shards.get, None), work, stage):
             _done.put(count)
     finally:
         work.close()
