@@ -32,7 +32,7 @@ from stages.devices import pick_workers
 from stages.errors import PipelineError
 from stages.files import empty_folder, replacing
 from stages.params import Params
-from stages.store import Row, check_shard, present_and_reasons, write_index, write_shard
+from stages.store import Row, check_head, present_and_reasons, write_index, write_shard
 
 PARTS = Path(".cache/parts")
 REASONS_SHOWN = 10
@@ -106,16 +106,21 @@ def _plan(stage: Stage, inputs: Sequence[Input], shard_size: int) -> list[Shard]
     return [(folder / f"{_rows_digest(chunk)}.h5", chunk) for chunk in chunks]
 
 
-def _part_fingerprint(part: Path, stage: Stage) -> str:
-    return f"{stage.fingerprint}-{part.stem}"
+def part_fingerprint(fingerprint: str, part: Path) -> str:
+    """What a part of a stage with this fingerprint carries: its stage's and its clips'."""
+    return f"{fingerprint}-{part.stem}"
 
 
 def _is_done(part: Path, stage: Stage) -> bool:
-    """Whether the part exists. One that the disk has damaged since is removed: linked into the out, it would spread."""
+    """Whether the part exists. One that is visibly not what it should be is removed: in the out, it would spread.
+
+    Only its head is read: at 120,000 clips the parts are tens of gigabytes. Damage further in is found by whoever
+    reads the store, and stages/repair.py removes such parts.
+    """
     if not part.exists():
         return False
     try:
-        check_shard(part, _part_fingerprint(part, stage))
+        check_head(part, part_fingerprint(stage.fingerprint, part))
     except PipelineError as error:
         print(f"{stage.name}: {error}; it is made again", file=sys.stderr)
         part.unlink()
@@ -166,7 +171,7 @@ def write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[in
     for rows in work.shards(chunks()):
         part, chunk = begun.popleft()
         # The shard's number is not part of its bytes: it may change when the corpus grows.
-        attributes = {**stage.attributes, **work.attributes, "fingerprint": _part_fingerprint(part, stage)}
+        attributes = {**stage.attributes, **work.attributes, "fingerprint": part_fingerprint(stage.fingerprint, part)}
         write_shard(part, stage.kind, rows, attributes)
         yield len(chunk)
 

@@ -4,6 +4,7 @@ A node that does not see the repository's folder, or has other versions, would l
 node is looked at before a shard is handed out.
 """
 
+import logging
 import socket
 import time
 import uuid
@@ -42,7 +43,7 @@ def connection(address: str) -> Iterator[Any]:
     try:
         if host:  # Ray itself tries for a minute
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ConnectionError, RuntimeError, ValueError) as error:
         text = f"runtime.ray_address: no Ray cluster to join at {address} ({one_line(error)}); {start}"
         raise PipelineError(text) from None
@@ -176,7 +177,8 @@ def plan_slots(nodes: Sequence[Mapping[str, Any]], runtime: Runtime, gpu: bool) 
     if ":" in runtime.device:
         raise PipelineError(f"params.yaml: runtime.device: found {runtime.device}, which is one machine's; expected "
                             f"auto, cpu or cuda with runtime.executor: ray")
-    share, turns = runtime.ray_gpus_per_task, []
+    share = runtime.ray_gpus_per_task
+    turns: list[tuple[int, int, Slot]] = []
     gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
     on_gpu = gpu and runtime.device != "cpu" and (gpus > 0 or runtime.device == "cuda")
     for node in nodes:

@@ -191,7 +191,7 @@ class _Run:
 
     def _lost(self, busy: _Busy, why: str) -> Iterator[int]:
         """Put back what was not done. On a node that lives the first shard has failed, and a new actor starts."""
-        undone = deque()
+        undone: deque[Shard] = deque()
         for part, chunk in busy.block:
             if part.exists():
                 yield len(chunk)

@@ -290,11 +290,16 @@ def present_and_reasons(path: Path) -> list[tuple[str, bool, str]]:
     ]
 
 
-def check_shard(path: Path, fingerprint: str) -> None:
-    """Read all of a shard. Raises PipelineError if it is damaged anywhere, or not the one with this fingerprint."""
+def check_head(path: Path, fingerprint: str) -> None:
+    """Read what a shard says of its clips. Raises PipelineError if that is damaged, the file cut off, or foreign."""
     found = _open(path).attrs.get("fingerprint")
     if found != fingerprint:
         raise PipelineError(f"{path}: found fingerprint {found}, expected {fingerprint}")
+
+
+def check_shard(path: Path, fingerprint: str) -> None:
+    """Read all of a shard. Raises PipelineError if it is damaged anywhere, or not the one with this fingerprint."""
+    check_head(path, fingerprint)
     with _guard(path), h5py.File(path, "r") as file:
         for name in list(file):  # values() would give None for a damaged one
             dataset = file[name]

@@ -38,9 +38,9 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", PATH)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        patch.setenv("RAY_TMPDIR", temporary)
         patch.chdir("/")
-        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temporary}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(2):
             cluster.add_node(num_cpus=1)
     yield cluster
