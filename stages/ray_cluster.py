@@ -88,14 +88,14 @@ def _make_look() -> Callable[..., dict[str, str]]:
     return look
 
 
-def check_nodes(nodes: Sequence[Mapping[str, Any]], root: Path, paths: Sequence[str]) -> None:
-    """Raise PipelineError naming a node that does not see or can't write `root`, or has other versions than this one.
+def sound_nodes(ray: Any, root: Path, paths: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The cluster's nodes. Raises PipelineError naming one that can't write `root`, or differs from this machine.
 
     `paths`, relative to root, must be on every node where they are on this one.
     """
-    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    nodes, sound = living(ray), []
     look, nonce = _make_look(), uuid.uuid4().hex
     marker = MARKERS / nonce
     paths = [path for path in paths if (root / path).exists()]
@@ -116,13 +116,21 @@ def check_nodes(nodes: Sequence[Mapping[str, Any]], root: Path, paths: Sequence[
             try:
                 found = ray.get(ref)
             except ray.exceptions.RayError as error:
+                if node["NodeID"] not in {other["NodeID"] for other in living(ray)}:
+                    continue  # it was lost a moment ago
                 raise PipelineError(f"{name}: can't run Python: {one_line(error)}") from None
             compare(name, own, found, root)
             if not appears(answer) or answer.read_text() != nonce:
                 raise PipelineError(f"{name}: its {root} is another folder than the one here; share one folder")
+            sound.append(node)
+        return sound
     finally:
         for path in (root / MARKERS).glob(f"{nonce}*"):
             path.unlink()
+
+
+def living(ray: Any) -> list[Mapping[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def compare(name: str, own: Mapping[str, str], found: Mapping[str, str], root: Path) -> None:

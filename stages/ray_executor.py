@@ -23,7 +23,7 @@ from stages.devices import pick_devices
 from stages.errors import PipelineError
 from stages.extraction import Shard, Stage, Work, write_shards
 from stages.params import Params
-from stages.ray_cluster import Slot, appears, check_nodes, connection, one_line, plan_slots
+from stages.ray_cluster import Slot, appears, connection, living, one_line, plan_slots, sound_nodes
 
 RETRIES = 3  # attempts at one shard, on different nodes where there are some
 PATIENCE_SECONDS = 30  # until it is said that all slots are taken
@@ -37,9 +37,7 @@ def compute_in_ray(todo: Sequence[Shard], work: Work, stage: Stage, params: Para
     """
     runtime = params.runtime
     with connection(runtime.ray_address) as ray:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        check_nodes(nodes, Path.cwd(), [params.corpus.path])
-        slots = plan_slots(nodes, runtime, gpu)
+        slots = plan_slots(sound_nodes(ray, Path.cwd(), [params.corpus.path]), runtime, gpu)
         yield from _Run(ray, todo, _pickled((work, stage)), slots[: len(todo)], stage.name).results()
 
 
@@ -190,20 +188,23 @@ class _Run:
             yield count
 
     def _lost(self, busy: _Busy, why: str) -> Iterator[int]:
-        """Put back what was not done. On a node that lives the first shard has failed, and a new actor starts."""
+        """Put back what was not done. Unless the node is known to be lost, the first shard has failed there, and a new
+        actor is tried.
+        """
         undone: deque[Shard] = deque()
         for part, chunk in busy.block:
             if part.exists():
                 yield len(chunk)
             else:
                 undone.append((part, chunk))
-        if any(node["Alive"] and node["NodeID"] == busy.slot.node for node in self._ray.nodes()):
+        if any(node["NodeID"] == busy.slot.node for node in living(self._ray)):
             if undone:
                 self._count_failure(undone[0], busy.slot, why)
             self._idle.append(self._start(busy.slot))
         else:
             self._nodes.discard(busy.slot.node)
-            print(f"{self._name}: lost {busy.slot.name}; its {len(undone)} shards go to the others", file=sys.stderr)
+            why = "the machine is lost"
+        print(f"{self._name}: {busy.slot.name}: {why}; its {len(undone)} shards are given out again", file=sys.stderr)
         self._todo.extendleft(reversed(undone))
 
     def _count_failure(self, shard: Shard, slot: Slot, why: str) -> None:

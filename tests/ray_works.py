@@ -14,11 +14,19 @@ from stages.store import Row
 LOG = Path("log")  # in the shared folder: a line "clip node" whenever a clip is computed
 
 
-class Words:
-    """A text for every clip, `seconds` each. At the clip `fails` it raises, at `dies` its process ends."""
+def computed() -> list[tuple[str, str]]:
+    """(clip, node) in the order in which they were computed."""
+    return [(clip, node) for clip, node in (line.split() for line in LOG.read_text().splitlines())]
 
-    def __init__(self, seconds: float = 0.0, fails: str = "", dies: str = ""):
-        self.seconds, self.fails, self.dies = seconds, fails, dies
+
+class Words:
+    """A text for every clip, `seconds` each. At the clip `fails` it raises, at `dies` its process ends.
+
+    On the node `doomed` it hangs at the fifth clip; the other nodes wait for that.
+    """
+
+    def __init__(self, seconds: float = 0.0, fails: str = "", dies: str = "", doomed: str = ""):
+        self.seconds, self.fails, self.dies, self.doomed = seconds, fails, dies, doomed
         self.attributes: dict[str, Any] = {}
 
     def open(self, device: str, workers: int | None = None) -> None:
@@ -38,6 +46,8 @@ class Words:
         with open(LOG, "a") as log:
             log.write(f"{clip.clip_id} {node}\n")
         time.sleep(self.seconds)
+        while self.doomed and (node == self.doomed) == (len([n for _, n in computed() if n == self.doomed]) > 4):
+            time.sleep(0.02)
         if clip.clip_id == self.dies:
             os._exit(1)
         if clip.clip_id == self.fails:
