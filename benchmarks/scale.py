@@ -10,6 +10,7 @@ times as long as at the size before; "(!)" marks what grew faster than n log n.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -91,7 +92,7 @@ def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tupl
         step(stage, "python", "-m", f"stages.{stage}")
     page = (repository / "reports/report.html").stat().st_size
     print(f"{size}: report.html: {page / 1e6:.2f} MB", file=sys.stderr)
-    step("dvc commit (all new)", "dvc", "commit", "-qf")
+    step("dvc commit (all new)", "dvc", "commit", "-q", "-f")
     step("dvc status", "dvc", "status")
     ran = step("dvc repro, nothing to do", "dvc", "repro")
     if "Running stage" in ran:
@@ -229,8 +230,9 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     splits = np.where(rng.permutation(size) < round(SPLITS["labelled"] * size), "labelled", "unlabelled")
     others = np.flatnonzero(splits != "labelled")
     splits[others[: round(SPLITS["test"] * size)]] = "test"
+    turns = {split: itertools.cycle(labels) for split in ("labelled", "unlabelled", "test")}
     for i, split in enumerate(splits.tolist()):
-        clip_id, label = f"samplenew3_{i:08d}", labels[i % len(labels)]
+        clip_id, label = f"samplenew3_{i:08d}", next(turns[split])
         text = "".join(rng.choice(ALPHABET, rng.integers(5, 40)))
         (folder / f"data/raw/{clip_id}.mp4").write_text(clip_id)
         clips.append(Clip(clip_id, f"{clip_id}.mp4", split, label if split == "labelled" else "", text, "",

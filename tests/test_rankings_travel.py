@@ -67,19 +67,19 @@ def test_a_clone_asks_for_what_is_new_only(paid: Path, server: Server, tmp_path:
     run(tmp_path, f"git clone -q {paid} {clone}")
     (clone / "data").mkdir(exist_ok=True)
     new = ["一句新的话", "又一句"]
-    write_transcripts(clone, TRANSCRIPTS[5:] + new)
+    write_transcripts(clone, TRANSCRIPTS[4:] + new)
     output = run(clone, "dvc repro -s rank_emotions", expect=255)  # nothing pulled yet: not paid for again unasked
-    assert "error: data/rankings.jsonl: 27 transcripts are not ranked" in output and "dvc pull" in output
+    assert "error: data/rankings.jsonl: 28 transcripts are not ranked" in output and "dvc pull" in output
     assert not server.answered
     run(clone, "dvc pull -q data/rankings.jsonl")
     output = run(clone, "dvc repro -s rank_emotions")
     assert server.answered == dict.fromkeys(new, 1)
     rows = [json.loads(line) for line in (clone / "data/rankings.jsonl").read_text().splitlines()]
-    assert {row["transcript"]: row["ranking"] for row in rows} == {t: ranking_of(t) for t in TRANSCRIPTS[5:] + new}
+    assert {row["transcript"]: row["ranking"] for row in rows} == {t: ranking_of(t) for t in TRANSCRIPTS[4:] + new}
     assert all(row["input_tokens"] == TOKENS_IN for row in rows)
     price = (TOKENS_IN * 2.5 + 40 * 10.0) / 1e6
-    assert f"{27 * price:.4f} USD spent in all" in output  # rankings.max_cost_usd counts what others have paid
+    assert f"{28 * price:.4f} USD spent in all" in output  # rankings.max_cost_usd counts what others have paid
 
     set_params(clone, model="gpt-other")  # another model's answers are not its own
     run(clone, "dvc repro -q -s rank_emotions")
-    assert server.answered.total() == 2 + 27
+    assert server.answered.total() == 2 + 28
