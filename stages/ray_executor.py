@@ -7,10 +7,7 @@ the work once and is given blocks of shards, smaller ones towards the end. What 
 another; a shard that fails RETRIES times ends the stage.
 """
 
-import importlib
-import io
 import os
-import pickle
 import sys
 import time
 from collections import deque
@@ -38,7 +35,8 @@ def compute_in_ray(todo: Sequence[Shard], work: Work, stage: Stage, params: Para
     runtime = params.runtime
     with connection(runtime.ray_address) as ray:
         slots = plan_slots(sound_nodes(ray, Path.cwd(), [params.corpus.path]), runtime, gpu)
-        yield from _Run(ray, todo, _pickled((work, stage)), slots[: len(todo)], stage.name).results()
+        _name_main()
+        yield from _Run(ray, todo, work, stage, slots[: len(todo)]).results()
 
 
 # ---------------------------------------------------------------- on a node
@@ -47,10 +45,9 @@ def compute_in_ray(todo: Sequence[Shard], work: Work, stage: Stage, params: Para
 class _Actor:
     """The work, open on one slot."""
 
-    def __init__(self, root: str, pickled: bytes, slot: Slot):
+    def __init__(self, root: str, work: Work, stage: Stage, slot: Slot):
         os.chdir(root)
-        self._work, self._stage = pickle.loads(pickled)  # from the driver, as all that Ray brings
-        self._slot, self._open = slot, False
+        self._work, self._stage, self._slot, self._open = work, stage, slot, False
 
     def compute(self, shards: Sequence[Shard]) -> Iterator[int]:
         """Yield 0 once the work is open, then the number of clips of each shard once it is written."""
@@ -62,24 +59,15 @@ class _Actor:
         yield from write_shards(shards, self._work, self._stage)
 
 
-class _Pickler(pickle.Pickler):
-    """Names what the running stage defines by the stage's module: on a node, __main__ is another."""
-
-    def reducer_override(self, value: Any) -> Any:
-        spec = sys.modules["__main__"].__spec__
-        if getattr(value, "__module__", None) != "__main__" or not hasattr(value, "__qualname__") or spec is None:
-            return NotImplemented
-        return _named, (spec.name, value.__qualname__)
-
-
-def _pickled(value: Any) -> bytes:
-    file = io.BytesIO()
-    _Pickler(file).dump(value)
-    return file.getvalue()
-
-
-def _named(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
+def _name_main() -> None:
+    """Give what the running stage defines its module's name: in a node's processes, __main__ is another."""
+    main = sys.modules["__main__"]
+    if main.__spec__ is None:
+        return
+    sys.modules[main.__spec__.name] = main
+    for value in vars(main).values():
+        if getattr(value, "__module__", None) == "__main__":
+            value.__module__ = main.__spec__.name
 
 
 # ---------------------------------------------------------------- handing out shards
@@ -96,9 +84,9 @@ class _Busy:
 
 
 class _Run:
-    def __init__(self, ray: Any, todo: Sequence[Shard], pickled: bytes, slots: Sequence[Slot], name: str):
-        self._ray, self._todo, self._name = ray, deque(todo), name
-        self._pickled = ray.put(pickled)  # once per node, not per actor
+    def __init__(self, ray: Any, todo: Sequence[Shard], work: Work, stage: Stage, slots: Sequence[Slot]):
+        self._ray, self._todo, self._name = ray, deque(todo), stage.name
+        self._work, self._stage = ray.put(work), stage
         self._failed: dict[Path, list[str]] = {}  # part -> nodes on which it failed
         self._nodes = {slot.node for slot in slots}  # that live
         self._busy: dict[Any, _Busy] = {}
@@ -128,7 +116,7 @@ class _Run:
         actor = self._ray.remote(_Actor).options(
             num_cpus=slot.cpus, num_gpus=slot.gpus, max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
-        ).remote(os.getcwd(), self._pickled, slot)
+        ).remote(os.getcwd(), self._work, self._stage, slot)
         return _Busy(slot, actor)
 
     def _hand_out(self) -> None:
