@@ -32,7 +32,7 @@ from stages.devices import pick_workers
 from stages.errors import PipelineError
 from stages.files import empty_folder, replacing
 from stages.params import Params
-from stages.store import Row, check_head, present_and_reasons, write_index, write_shard
+from stages.store import Row, read_head, write_index, write_shard
 
 PARTS = Path(".cache/parts")
 REASONS_SHOWN = 10
@@ -86,18 +86,22 @@ def extract(stage: Stage, inputs: Sequence[Input], work: Work, params: Params, d
     already absent upstream do not count).
     """
     parts = _plan(stage, inputs, params.corpus.shard_size)
-    todo = [(part, chunk) for part, chunk in parts if not _is_done(part, stage)]
+    heads = {part: head for part, _ in parts if (head := _head_if_done(part, stage)) is not None}
+    todo = [(part, chunk) for part, chunk in parts if part not in heads]
     done = len(inputs) - sum(len(chunk) for _, chunk in todo)
     finished = _compute(todo, work, stage, params, devices)
     next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
     with tqdm(total=len(inputs), initial=done, desc=stage.name, unit="clip", mininterval=1, disable=not todo) as bar:
         for count in finished:
             bar.update(count)
-    _check_bad_fraction(stage, inputs, [part for part, _ in parts], params.corpus.max_bad_fraction)
-    _finalise(stage.out, [part for part, _ in parts], params.runtime.keep_parts)
+    heads |= {part: read_head(part, part_fingerprint(stage.fingerprint, part)) for part, _ in todo}
+    rows = [row for part, _ in parts for row in heads[part]]
+    _check_bad_fraction(stage, inputs, rows, params.corpus.max_bad_fraction)
+    _finalise(stage, [part for part, _ in parts], params.runtime.keep_parts)
 
 
 Shard = tuple[Path, Sequence[Input]]  # where it is written, and its clips
+Head = tuple[str, bool, str]  # of a clip in a finished shard: its id, whether present, the reason if not
 
 
 def _plan(stage: Stage, inputs: Sequence[Input], shard_size: int) -> list[Shard]:
@@ -111,20 +115,21 @@ def part_fingerprint(fingerprint: str, part: Path) -> str:
     return f"{fingerprint}-{part.stem}"
 
 
-def _is_done(part: Path, stage: Stage) -> bool:
-    """Whether the part exists. One that is visibly not what it should be is removed: in the out, it would spread.
+def _head_if_done(part: Path, stage: Stage) -> list[Head] | None:
+    """What the part says of its clips, or None where it does not exist.
 
-    Only its head is read: at 120,000 clips the parts are tens of gigabytes. Damage further in is found by whoever
-    reads the store, and stages/repair.py removes such parts.
+    One that is visibly not what it should be is removed: in the out, it would spread. Only its head is read: of 120,000
+    clips the parts are tens of gigabytes. Damage further in is found by whoever reads the store, and
+    stages/repair.py removes such parts.
     """
     if not part.exists():
-        return False
+        return None
     try:
-        check_head(part, part_fingerprint(stage.fingerprint, part))
+        return read_head(part, part_fingerprint(stage.fingerprint, part))
     except PipelineError as error:
         print(f"{stage.name}: {error}; it is made again", file=sys.stderr)
         part.unlink()
-    return part.exists()
+        return None
 
 
 def _rows_digest(chunk: Sequence[Input]) -> str:
@@ -233,9 +238,9 @@ def _work_on_device(work: Work, stage: Stage, device: str, workers: int) -> None
         work.close()
 
 
-def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[Path], limit: float) -> None:
+def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], heads: Sequence[Head], limit: float) -> None:
     known = {clip.clip_id for clip in inputs if clip.absent}
-    bad = [(c, r) for part in parts for c, ok, r in present_and_reasons(part) if not ok and c not in known]
+    bad = [(clip_id, reason) for clip_id, present, reason in heads if not present and clip_id not in known]
     if len(bad) <= limit * len(inputs):
         return
     listing = Path(".cache") / f"skipped-{stage.name}.csv"
@@ -247,8 +252,9 @@ def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[P
     )
 
 
-def _finalise(out: Path, parts: Sequence[Path], keep_parts: bool) -> None:
+def _finalise(stage: Stage, parts: Sequence[Path], keep_parts: bool) -> None:
     """Link (or, across file systems, copy) the parts into the out folder; nothing is ever written through a link."""
+    out = stage.out
     empty_folder(out)
     names = [f"shard-{i:05d}.h5" for i in range(len(parts))]
     for part, name in zip(parts, names, strict=True):
@@ -257,6 +263,6 @@ def _finalise(out: Path, parts: Sequence[Path], keep_parts: bool) -> None:
         except OSError:
             with open(part, "rb") as source, replacing(out / name, "wb") as target:
                 shutil.copyfileobj(source, target)
-    write_index(out, names)
+    write_index(out, names, [part_fingerprint(stage.fingerprint, part) for part in parts])
     if not keep_parts and parts:
         shutil.rmtree(parts[0].parent)
