@@ -67,8 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     dtype: Dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    runtime = Runtime(device=device, workers="auto", executor="local", batch_memory_mb="auto",
-                      gradient_checkpointing=False, clip_timeout_seconds=60, keep_parts=False)
+    runtime = Runtime(device=device, workers="auto", executor="local", ray_address="auto", ray_gpus_per_task=1,
+                      batch_memory_mb="auto", gradient_checkpointing=False, clip_timeout_seconds=60, keep_parts=False)
     peak = matmul_peak(DTYPES[dtype], device)
     print(f"{device_name(device)}, {len(os.sched_getaffinity(0))} CPU cores, {dtype}: matrix products reach "
           f"{peak / 1e12:.2f} TFLOP/s\n")

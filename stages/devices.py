@@ -28,6 +28,11 @@ def pick_devices(device: str) -> list[str]:
     return [device] if ":" in device else [f"cuda:{i}" for i in range(count)]
 
 
+def stage_devices(runtime: Runtime) -> list[str]:
+    """The devices on which a stage extracts: this machine's; with Ray runtime.device itself: nodes have their own."""
+    return [runtime.device] if runtime.executor == "ray" else pick_devices(runtime.device)
+
+
 def pick_device(device: str) -> str:
     """The one device of a stage that uses one: the first of pick_devices."""
     return pick_devices(device)[0]

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from stages.devices import NARROW, batch_bytes, pick_devices, pick_workers, set_threads
-from stages.errors import PipelineError, Skip
+from stages.devices import NARROW, batch_bytes, pick_workers, set_threads
+from stages.errors import PipelineError, Skip, working_on
 from stages.extraction import Input
 from stages.params import Runtime
 from stages.store import Row, Store, feature_row
@@ -52,12 +52,12 @@ class Encode:
         self.attributes: Mapping[str, Any] = {}
         self.waited = 0.0
 
-    def open(self, device: str) -> None:
+    def open(self, device: str, workers: int | None = None) -> None:
         self._encoder = self.make(device)
         set_threads(self._encoder.dimension < NARROW)
         self.attributes = {"dimension": self._encoder.dimension}
         self._budget = batch_bytes(self.runtime, device)
-        self._threads = max(1, pick_workers(self.runtime) // len(pick_devices(self.runtime.device)))
+        self._threads = workers or pick_workers(self.runtime)
 
     def close(self) -> None:
         del self._encoder
@@ -90,7 +90,8 @@ class Encode:
         if clip.absent:
             return ""
         try:
-            return self._encoder.prepare(self.read(clip.item))
+            with working_on(f"clip {clip.clip_id}"):
+                return self._encoder.prepare(self.read(clip.item))
         except Skip as skip:
             return str(skip)
 
@@ -105,7 +106,8 @@ class Encode:
         parts: list[list[Any]] = [[] for _ in clips]
         for batch in self._batches(clips):
             try:
-                found = self._encoder.encode([prepared for _, prepared in batch])
+                with working_on(f"a batch of clips {', '.join(dict.fromkeys(clips[i][0] for i, _ in batch))}"):
+                    found = self._encoder.encode([prepared for _, prepared in batch])
             except OutOfMemoryError:
                 self._halve_budget(clips[batch[0][0]][0], [prepared for _, prepared in batch])
                 found = self._outputs([(clips[i][0], prepared) for i, prepared in batch])

@@ -6,7 +6,8 @@ and what is expected. Skip: one clip can't be used; the reason is recorded and t
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # What the machine, not the program, must put right before the stage can go on
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
@@ -20,6 +21,17 @@ class PipelineError(Exception):
 
 class Skip(Exception):
     """This clip can't be used; str(error) is the reason that reports/skipped.csv shows."""
+
+
+@contextmanager
+def working_on(what: str) -> Iterator[None]:
+    """Notes on an error that nobody foresaw which clip it came from."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (PipelineError, Skip)):
+            error.add_note(what)
+        raise
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stages.corpus.manifest import read_manifest, read_transcripts
-from stages.devices import pick_devices
+from stages.devices import stage_devices
 from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Input, Stage, extract
@@ -73,7 +73,7 @@ def main() -> None:
         if key not in row.options:
             raise PipelineError(f"params.yaml: extractors.{name}.{key}: missing; every encoder needs it")
     checkpoint = str(row.options["checkpoint"])
-    devices = pick_devices(p.runtime.device)
+    devices = stage_devices(p.runtime)
     is_text = row.input.endswith((".csv", ".jsonl"))
     attributes = {"extractor": name, "encoder": row.encoder, "variance": True, **{k: row.options[k] for k in COMMON}}
     work = Encode(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.devices import pick_devices
+from stages.devices import stage_devices
 from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Stage, extract
@@ -80,7 +80,7 @@ def main() -> None:
         digest = checkpoint_digest(e.checkpoint) + prompts.read_bytes()
         stage = Stage("extract_emovclip", OUT if name == "all" else OUT / name, "features", attributes,
                       stage_fingerprint("extract_emovclip", digest))
-        extract(stage, inputs, work, p, pick_devices(p.runtime.device))
+        extract(stage, inputs, work, p, stage_devices(p.runtime))
 
 
 if __name__ == "__main__":

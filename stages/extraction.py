@@ -8,7 +8,7 @@ tracked params, the bytes of its declared code and its checkpoint, the file name
 
 There are two kinds of Work: stages/workers.py (media: one function per clip in worker processes that may crash
 or hang) and stages/encoding.py (an encoder on one device). With several devices each has its own process, and
-all take shards from one queue.
+all take shards from one queue; with runtime.executor: ray the nodes of a cluster do (stages/ray_executor.py).
 """
 
 import hashlib
@@ -28,10 +28,11 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from stages.corpus.manifest import write_rows
+from stages.devices import pick_workers
 from stages.errors import PipelineError
 from stages.files import empty_folder, replacing
 from stages.params import Params
-from stages.store import Row, check_shard, present_and_reasons, write_index, write_shard
+from stages.store import Row, read_head, write_index, write_shard
 
 PARTS = Path(".cache/parts")
 REASONS_SHOWN = 10
@@ -52,12 +53,12 @@ class Work(Protocol):
     """Turns chunks of clips into rows. Picklable; heavy parts are made in `open`, once per device process.
 
     `shards` gives each chunk's rows, in order; it may take chunks ahead of those it gives back. `attributes`
-    (known once open) join the shards' own.
+    (known once open) join the shards' own. `workers`: how many may decode at once, None = runtime.workers.
     """
 
     attributes: Mapping[str, Any]
 
-    def open(self, device: str) -> None: ...
+    def open(self, device: str, workers: int | None = None) -> None: ...
 
     def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]: ...
 
@@ -85,18 +86,22 @@ def extract(stage: Stage, inputs: Sequence[Input], work: Work, params: Params, d
     already absent upstream do not count).
     """
     parts = _plan(stage, inputs, params.corpus.shard_size)
-    todo = [(part, chunk) for part, chunk in parts if not _is_done(part, stage)]
+    heads = {part: head for part, _ in parts if (head := _head_if_done(part, stage)) is not None}
+    todo = [(part, chunk) for part, chunk in parts if part not in heads]
     done = len(inputs) - sum(len(chunk) for _, chunk in todo)
-    finished = _compute(todo, work, stage, devices)
+    finished = _compute(todo, work, stage, params, devices)
     next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
     with tqdm(total=len(inputs), initial=done, desc=stage.name, unit="clip", mininterval=1, disable=not todo) as bar:
         for count in finished:
             bar.update(count)
-    _check_bad_fraction(stage, inputs, [part for part, _ in parts], params.corpus.max_bad_fraction)
-    _finalise(stage.out, [part for part, _ in parts], params.runtime.keep_parts)
+    heads |= {part: read_head(part, part_fingerprint(stage.fingerprint, part)) for part, _ in todo}
+    rows = [row for part, _ in parts for row in heads[part]]
+    _check_bad_fraction(stage, inputs, rows, params.corpus.max_bad_fraction)
+    _finalise(stage, [part for part, _ in parts], params.runtime.keep_parts)
 
 
 Shard = tuple[Path, Sequence[Input]]  # where it is written, and its clips
+Head = tuple[str, bool, str]  # of a clip in a finished shard: its id, whether present, the reason if not
 
 
 def _plan(stage: Stage, inputs: Sequence[Input], shard_size: int) -> list[Shard]:
@@ -105,20 +110,26 @@ def _plan(stage: Stage, inputs: Sequence[Input], shard_size: int) -> list[Shard]
     return [(folder / f"{_rows_digest(chunk)}.h5", chunk) for chunk in chunks]
 
 
-def _part_fingerprint(part: Path, stage: Stage) -> str:
-    return f"{stage.fingerprint}-{part.stem}"
+def part_fingerprint(fingerprint: str, part: Path) -> str:
+    """What a part of a stage with this fingerprint carries: its stage's and its clips'."""
+    return f"{fingerprint}-{part.stem}"
 
 
-def _is_done(part: Path, stage: Stage) -> bool:
-    """Whether the part exists. One that the disk has damaged since is removed: linked into the out, it would spread."""
+def _head_if_done(part: Path, stage: Stage) -> list[Head] | None:
+    """What the part says of its clips, or None where it does not exist.
+
+    One that is visibly not what it should be is removed: in the out, it would spread. Only its head is read: of 120,000
+    clips the parts are tens of gigabytes. Damage further in is found by whoever reads the store, and
+    stages/repair.py removes such parts.
+    """
     if not part.exists():
-        return False
+        return None
     try:
-        check_shard(part, _part_fingerprint(part, stage))
+        return read_head(part, part_fingerprint(stage.fingerprint, part))
     except PipelineError as error:
         print(f"{stage.name}: {error}; it is made again", file=sys.stderr)
         part.unlink()
-    return part.exists()
+        return None
 
 
 def _rows_digest(chunk: Sequence[Input]) -> str:
@@ -129,23 +140,32 @@ def _rows_digest(chunk: Sequence[Input]) -> str:
     return content.hexdigest()
 
 
-def _compute(todo: list[Shard], work: Work, stage: Stage, devices: Sequence[str]) -> Iterator[int]:
+def _compute(
+    todo: list[Shard], work: Work, stage: Stage, params: Params, devices: Sequence[str]
+) -> Iterator[int]:
     """Yield 0 once the work is open, then the number of clips of each shard as it is done."""
     if not todo:
         return
+    if params.runtime.executor == "ray":
+        from stages.ray_executor import compute_in_ray
+
+        yield from compute_in_ray(todo, work, stage, params, gpu=[*devices] != ["cpu"])
+        return
     if len(devices) > 1 and len(todo) > 1:
         yield 0
-        yield from _in_processes(todo, work, stage, devices)
+        workers = max(1, pick_workers(params.runtime) // len(devices))
+        yield from _in_processes(todo, work, stage, devices, workers)
         return
     work.open(devices[0])
     try:
         yield 0
-        yield from _write_shards(todo, work, stage)
+        yield from write_shards(todo, work, stage)
     finally:
         work.close()
 
 
-def _write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[int]:
+def write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[int]:
+    """Compute shards with open work; yields the number of clips of each once it is written."""
     begun: deque[Shard] = deque()
 
     def chunks() -> Iterator[Sequence[Input]]:
@@ -156,19 +176,21 @@ def _write_shards(todo: Iterable[Shard], work: Work, stage: Stage) -> Iterator[i
     for rows in work.shards(chunks()):
         part, chunk = begun.popleft()
         # The shard's number is not part of its bytes: it may change when the corpus grows.
-        attributes = {**stage.attributes, **work.attributes, "fingerprint": _part_fingerprint(part, stage)}
+        attributes = {**stage.attributes, **work.attributes, "fingerprint": part_fingerprint(stage.fingerprint, part)}
         write_shard(part, stage.kind, rows, attributes)
         yield len(chunk)
 
 
-def _in_processes(todo: list[Shard], work: Work, stage: Stage, devices: Sequence[str]) -> Iterator[int]:
+def _in_processes(
+    todo: list[Shard], work: Work, stage: Stage, devices: Sequence[str], workers: int
+) -> Iterator[int]:
     """One process per device; the shards are in one queue, so a fast device does more of them."""
     context = multiprocessing.get_context("spawn")
     shards, done = context.Queue(), context.Queue()
     for shard in [*todo, *[None] * len(devices)]:
         shards.put(shard)
     with ProcessPoolExecutor(len(devices), context, _set_queues, (shards, done)) as pool:
-        processes = [pool.submit(_work_on_device, work, stage, device) for device in devices]
+        processes = [pool.submit(_work_on_device, work, stage, device, workers) for device in devices]
         try:
             for _ in todo:
                 while True:
@@ -207,18 +229,18 @@ def _set_queues(shards: Any, done: Any) -> None:
     _shards, _done = shards, done
 
 
-def _work_on_device(work: Work, stage: Stage, device: str) -> None:
-    work.open(device)
+def _work_on_device(work: Work, stage: Stage, device: str, workers: int) -> None:
+    work.open(device, workers)
     try:
-        for count in _write_shards(iter(_shards.get, None), work, stage):
+        for count in write_shards(iter(_shards.get, None), work, stage):
             _done.put(count)
     finally:
         work.close()
 
 
-def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[Path], limit: float) -> None:
+def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], heads: Sequence[Head], limit: float) -> None:
     known = {clip.clip_id for clip in inputs if clip.absent}
-    bad = [(c, r) for part in parts for c, ok, r in present_and_reasons(part) if not ok and c not in known]
+    bad = [(clip_id, reason) for clip_id, present, reason in heads if not present and clip_id not in known]
     if len(bad) <= limit * len(inputs):
         return
     listing = Path(".cache") / f"skipped-{stage.name}.csv"
@@ -230,8 +252,9 @@ def _check_bad_fraction(stage: Stage, inputs: Sequence[Input], parts: Sequence[P
     )
 
 
-def _finalise(out: Path, parts: Sequence[Path], keep_parts: bool) -> None:
+def _finalise(stage: Stage, parts: Sequence[Path], keep_parts: bool) -> None:
     """Link (or, across file systems, copy) the parts into the out folder; nothing is ever written through a link."""
+    out = stage.out
     empty_folder(out)
     names = [f"shard-{i:05d}.h5" for i in range(len(parts))]
     for part, name in zip(parts, names, strict=True):
@@ -240,6 +263,6 @@ def _finalise(out: Path, parts: Sequence[Path], keep_parts: bool) -> None:
         except OSError:
             with open(part, "rb") as source, replacing(out / name, "wb") as target:
                 shutil.copyfileobj(source, target)
-    write_index(out, names)
+    write_index(out, names, [part_fingerprint(stage.fingerprint, part) for part in parts])
     if not keep_parts and parts:
         shutil.rmtree(parts[0].parent)

@@ -176,11 +176,20 @@ class Device(Section):
 
 class Runtime(Device):
     workers: Literal["auto"] | Positive
-    executor: Literal["local"]
+    executor: Literal["local", "ray"]
+    ray_address: Annotated[str, Field(pattern=r"^(auto|[^\s:/]+:\d+)$")]
+    ray_gpus_per_task: PositiveFloat
     batch_memory_mb: Literal["auto"] | Positive
     gradient_checkpointing: Literal["auto"] | bool
     clip_timeout_seconds: PositiveFloat
     keep_parts: bool
+
+    @model_validator(mode="after")
+    def _shares_are_of_one_gpu(self) -> Self:
+        share = self.ray_gpus_per_task
+        if share > 1 and share % 1:
+            raise ValueError(f"runtime.ray_gpus_per_task: found {share}, expected at most 1, or whole GPUs")
+        return self
 
 
 class FusionParams(Section):

@@ -4,8 +4,9 @@
 
 A shard may lie in three places, as one file linked or as copies: the out folder, .cache/parts and DVC's cache. DVC
 trusts its cache unseen: when only the out folder is removed, it brings the damaged file back, and even `dvc repro -f`
-leaves it in the cache. So every cached file of the folder is compared with its checksum, and what differs is removed,
-and so is the folder. DVC then restores it from a sound cache or runs the stage, which checks its finished parts itself.
+leaves it in the cache. So every cached file of the folder is compared with its checksum, and every finished part of
+its stage is read; what is damaged is removed, and so is the folder. DVC then restores it from a sound cache or runs the
+stage, which makes the missing parts.
 """
 
 import hashlib
@@ -17,20 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.errors import PipelineError, run_stage
+from stages.extraction import PARTS, part_fingerprint
 from stages.params import read_yaml
-from stages.store import INDEX
+from stages.store import INDEX, check_shard
 
 
-def outs_around(folder: Path) -> dict[str, str]:
-    """path -> md5 of the directory outs in dvc.lock that are the folder or hold it."""
+def outs_around(folder: Path) -> list[tuple[str, str, str]]:
+    """(stage, path, md5) of the directory outs in dvc.lock that are the folder or hold it."""
     stages = read_yaml("dvc.lock")["stages"] if Path("dvc.lock").exists() else {}
-    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    return {out["path"]: out["md5"] for out in outs if folder.is_relative_to(out["path"]) and ".dir" in out["md5"]}
+    outs = [(name, out["path"], out["md5"]) for name, stage in stages.items() for out in stage.get("outs", [])]
+    return [out for out in outs if folder.is_relative_to(out[1]) and ".dir" in out[2]]
 
 
 def cached_files(folder: Path, cache: Path) -> Iterator[Path]:
     """Where DVC's cache keeps the files of the folder, and the listing that names them."""
-    for path, md5 in outs_around(folder).items():
+    for _, path, md5 in outs_around(folder):
         listing = _object(cache, md5)
         yield listing
         if not listing.exists() or is_damaged(listing):
@@ -38,6 +40,16 @@ def cached_files(folder: Path, cache: Path) -> Iterator[Path]:
         for entry in json.loads(listing.read_text()):
             if Path(path, entry["relpath"]).is_relative_to(folder):
                 yield _object(cache, entry["md5"])
+
+
+def damaged_parts(folder: Path) -> Iterator[Path]:
+    """Finished parts of the folder's stage that can't be read; of every stage where dvc.lock does not know it."""
+    for name in [name for name, _, _ in outs_around(folder)] or ["*"]:
+        for part in sorted(PARTS.glob(f"{name}/*/*.h5")):
+            try:
+                check_shard(part, part_fingerprint(part.parent.name, part))
+            except PipelineError:
+                yield part
 
 
 def _object(cache: Path, md5: str) -> Path:
@@ -53,8 +65,8 @@ def is_damaged(path: Path) -> bool:
 
 
 def forget(folder: Path, cache: Path) -> list[Path]:
-    """Remove the folder and the damaged files that DVC's cache holds for it; returns the latter."""
-    damaged = [path for path in cached_files(folder, cache) if is_damaged(path)]
+    """Remove the folder, and the damaged files that DVC's cache and .cache/parts hold for it; returns the latter."""
+    damaged = [path for path in cached_files(folder, cache) if is_damaged(path)] + [*damaged_parts(folder)]
     for path in damaged:
         path.unlink()
     if folder.exists():
@@ -68,7 +80,8 @@ def main() -> None:
         raise PipelineError(f"{folder}: expected a store's folder as params and messages name it, such as data/audio")
     cache = subprocess.run(["dvc", "cache", "dir"], text=True, capture_output=True, check=True).stdout.strip()
     damaged = forget(folder, Path(cache))
-    print(f"repair: removed {folder} and {len(damaged)} damaged files of DVC's cache; now run dvc repro")
+    print(f"repair: removed {folder} and {len(damaged)} damaged files of DVC's cache and .cache/parts; "
+          f"now run dvc repro")
 
 
 if __name__ == "__main__":

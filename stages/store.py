@@ -105,9 +105,10 @@ def write_shard(path: Path, kind: str, rows: Sequence[Row], attributes: Mapping[
         target.write(content)
 
 
-def write_index(folder: Path, names: Sequence[str]) -> None:
-    """Write the folder's index.json: the shards that belong to the store, with their fingerprints."""
-    index = {name: _open(folder / name).attrs["fingerprint"] for name in names}
+def write_index(folder: Path, names: Sequence[str], fingerprints: Sequence[str] | None = None) -> None:
+    """Write the folder's index.json: the shards that belong to the store, with their fingerprints, if need be read."""
+    found = fingerprints or [_open(folder / name).attrs["fingerprint"] for name in names]
+    index = dict(zip(names, found, strict=True))
     with replacing(folder / INDEX) as file:
         file.write(json.dumps(index, indent=0) + "\n")
 
@@ -281,20 +282,22 @@ class Store:
         return stacked
 
 
-def present_and_reasons(path: Path) -> list[tuple[str, bool, str]]:
-    """(clip_id, present, reason) of one shard."""
-    columns = _open(path).columns
+def read_head(path: Path, fingerprint: str) -> list[tuple[str, bool, str]]:
+    """(clip_id, present, reason) of one shard. Raises PipelineError if that is damaged, the file cut off or foreign."""
+    shard = _open(path)
+    found = shard.attrs.get("fingerprint")
+    if found != fingerprint:
+        raise PipelineError(f"{path}: found fingerprint {found}, expected {fingerprint}")
+    columns = (shard.columns[name] for name in ("clip_id", "present", "reason"))
     return [
         (clip_id.decode(), bool(present), reason.decode())
-        for clip_id, present, reason in zip(columns["clip_id"], columns["present"], columns["reason"], strict=True)
+        for clip_id, present, reason in zip(*columns, strict=True)
     ]
 
 
 def check_shard(path: Path, fingerprint: str) -> None:
     """Read all of a shard. Raises PipelineError if it is damaged anywhere, or not the one with this fingerprint."""
-    found = _open(path).attrs.get("fingerprint")
-    if found != fingerprint:
-        raise PipelineError(f"{path}: found fingerprint {found}, expected {fingerprint}")
+    read_head(path, fingerprint)
     with _guard(path), h5py.File(path, "r") as file:
         for name in list(file):  # values() would give None for a damaged one
             dataset = file[name]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.corpus.manifest import read_manifest, write_rows
-from stages.devices import pick_devices
+from stages.devices import stage_devices
 from stages.encoding import Encode, Encoder, StoreReader
 from stages.errors import run_stage
 from stages.extraction import Input, Stage, extract
@@ -47,7 +47,7 @@ def recognize(clip_ids: Sequence[str], p: Params) -> dict[str, str]:
     work = Encode(partial(make_recognizer, config=Config(**options)), StoreReader(str(AUDIO)), text_row, p.runtime)
     fingerprint = stage_fingerprint("transcribe", checkpoint_digest(options["checkpoint"]))
     stage = Stage("transcribe", RECOGNIZED, "text", {"extractor": "transcribe", **options}, fingerprint)
-    extract(stage, inputs, work, p, pick_devices(p.runtime.device))
+    extract(stage, inputs, work, p, stage_devices(p.runtime))
     texts = Store(RECOGNIZED)
     return {c: texts.read(c) for c, present in zip(texts.clip_ids, texts.present, strict=True) if present}
 

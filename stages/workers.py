@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.corpus.manifest import read_manifest
 from stages.devices import pick_workers
-from stages.errors import Skip
+from stages.errors import Skip, working_on
 from stages.extraction import Input, Stage, extract
 from stages.fingerprint import stage_fingerprint
 from stages.params import Params
@@ -36,8 +36,8 @@ class PerClip:
         self.function, self.workers, self.timeout = function, workers, timeout
         self.attributes: Mapping[str, Any] = {}
 
-    def open(self, device: str) -> None:
-        self._pool = Workers(self.workers, self.timeout)
+    def open(self, device: str, workers: int | None = None) -> None:
+        self._pool = Workers(workers or self.workers, self.timeout)
 
     def close(self) -> None:
         self._pool.close()
@@ -53,7 +53,10 @@ class PerClip:
             yield self._rows(*begun.popleft())
 
     def _rows(self, chunk: Sequence[Input], results: Iterator[Any]) -> list[Row]:
-        rows = [Row(clip.clip_id) if clip.absent else next(results) for clip in chunk]
+        rows = []
+        for clip in chunk:
+            with working_on(f"clip {clip.clip_id}"):
+                rows.append(Row(clip.clip_id) if clip.absent else next(results))
         return [
             Row(clip.clip_id, reason=str(row)) if isinstance(row, Skip) else row
             for clip, row in zip(chunk, rows, strict=True)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "benchmarks", "data", "features", "models", "reports", "presets", ".dvc/config",
            ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
 EVALUATION = ["train_fusion", "self_train", "evaluate"]
+FEATURES = ["extract", "extract_emovclip", "gather_features", "split_folds", "corpus"]  # stages: what training reads
 
 
 class Repository:
@@ -146,6 +147,36 @@ def test_the_five_broken_clips_are_recorded_and_still_predicted(repository: Repo
         assert any(row["stage"] == stage and reason in row["reason"] and row["reason"] for row in rows), (kind, rows)
         assert predictions[clip_id]["prediction"]
     assert {row["clip_id"] for row in skipped} == set(broken)
+
+
+@pytest.fixture(scope="module")
+def pushed(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """The repository, everything of it pushed to a folder as its DVC remote."""
+    repository.run("dvc", "remote", "add", "-q", "-d", "store", str(tmp_path_factory.mktemp("remote")))
+    repository.run("git", "commit", "-qam", "remote")
+    repository.run("dvc", "push", "-q")
+    return repository
+
+
+def clone(repository: Repository, folder: Path) -> Repository:
+    repository.run("git", "clone", "-q", str(repository.folder), str(folder))
+    return Repository(folder)
+
+
+def test_pulled_elsewhere_nothing_runs(pushed: Repository, tmp_path: Path) -> None:
+    elsewhere = clone(pushed, tmp_path / "clone")
+    elsewhere.run("dvc", "pull", "-q")
+    assert elsewhere.stages_run(elsewhere.run("dvc", "repro")) == []
+    assert elsewhere.contents("features/hubert") == pushed.contents("features/hubert")
+
+
+def test_the_features_alone_are_enough_to_train(pushed: Repository, tmp_path: Path) -> None:
+    elsewhere = clone(pushed, tmp_path / "clone")
+    elsewhere.run("dvc", "pull", "-q", *FEATURES)
+    elsewhere.set("fusion.hidden", 64)
+    output = elsewhere.run("dvc", "repro", "--allow-missing", "train_fusion", "self_train")
+    assert elsewhere.stages_run(output) == ["train_fusion", "self_train"]
+    assert not (elsewhere.folder / "data/audio").exists()
 
 
 def test_dvc_shows_metrics_and_plots(repository: Repository) -> None:

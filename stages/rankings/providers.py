@@ -10,6 +10,7 @@ from stages.errors import PipelineError
 from stages.fingerprint import checkpoint_digest
 from stages.params import Params, Rankings
 from stages.rankings.cache import Answer, Cache
+from stages.rankings.earlier import earlier_answers
 
 if TYPE_CHECKING:
     from stages.rankings.openai_batch import Batches
@@ -33,6 +34,10 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
         with cache.asking():
             known = cache.load(transcripts)  # another process may have asked while we waited
             wanted = unanswered(transcripts, known)
+            if wanted and not under_way(p, cache):
+                needed = p.rankings.provider == "openai" and not known
+                cache.append(earlier_answers(wanted, p, needed))
+                wanted = unanswered(transcripts, cache.load(transcripts))
             if wanted or under_way(p, cache):
                 make = openai if p.rankings.provider == "openai" else transformers
                 make(p, cache, transcripts).rank(wanted, cache.append)

@@ -1,0 +1,81 @@
+"""Work for the nodes of the tests' Ray cluster: they import this module, so it is light."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.extraction import Input
+from stages.store import Row
+
+LOG = Path("log")  # in the shared folder: a line "clip node" whenever a clip is computed
+
+
+def computed() -> list[tuple[str, str]]:
+    """(clip, node) in the order in which they were computed."""
+    return [(clip, node) for clip, node in (line.split() for line in LOG.read_text().splitlines())]
+
+
+class Words:
+    """A text for every clip, `seconds` each. At the clip `fails` it raises, at `dies` its process ends.
+
+    On the node `doomed` it hangs at the fifth clip; the other nodes wait for that.
+    """
+
+    def __init__(self, seconds: float = 0.0, fails: str = "", dies: str = "", doomed: str = ""):
+        self.seconds, self.fails, self.dies, self.doomed = seconds, fails, dies, doomed
+        self.attributes: dict[str, Any] = {}
+
+    def open(self, device: str, workers: int | None = None) -> None:
+        assert device == "cpu"
+        self.attributes = {"opened": 1}
+
+    def close(self) -> None: ...
+
+    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
+        for chunk in chunks:
+            yield [self._row(clip) for clip in chunk]
+
+    def _row(self, clip: Input) -> Row:
+        import ray
+
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
+        with open(LOG, "a") as log:
+            log.write(f"{clip.clip_id} {node}\n")
+        time.sleep(self.seconds)
+        while self.doomed and (node == self.doomed) == (len([n for _, n in computed() if n == self.doomed]) > 4):
+            time.sleep(0.02)
+        if clip.clip_id == self.dies:
+            os._exit(1)
+        if clip.clip_id == self.fails:
+            error = ArithmeticError("the sum is wrong")
+            error.add_note(f"clip {clip.clip_id}")
+            raise error
+        return Row(clip.clip_id, values=f"text {clip.item}")
+
+
+class Ramps:
+    """An encoder: clip i is i + 2 frames of four numbers."""
+
+    dimension, unit_bytes, padded = 4, 1000, True
+
+    def prepare(self, item: int) -> np.ndarray:
+        return np.arange((item + 2) * 4, dtype=np.float32).reshape(-1, 4)
+
+    def size(self, prepared: np.ndarray) -> int:
+        return len(prepared)
+
+    def encode(self, batch: list[np.ndarray]) -> list[np.ndarray]:
+        return [prepared / 3 for prepared in batch]
+
+
+def make_ramps(device: str) -> Ramps:
+    assert device == "cpu"
+    return Ramps()
+
+
+def identity(item: Any) -> Any:
+    return item
