@@ -38,7 +38,7 @@ WEIGHTS = ("*.safetensors", "*pytorch_model*.bin")  # the first kind that is the
 PUBLISHED = re.compile(r"(hf-hub:)?(?!\.)[\w.-]+/(?!\.)[\w.-]+|(?!\.)[\w.-]+ / (?!\.)[\w.-]+")
 REMEDY = "fetch it again, or make it anew with: make release"
 # What belongs to a machine, not to a model
-RUNTIME = {"device": "auto", "workers": "auto", "executor": "local", "batch_memory_mb": "auto"}
+RUNTIME = {"device": "auto", "workers": "auto", "executor": "local", "ray_address": "auto", "batch_memory_mb": "auto"}
 ASKING = {"base_url": None, "api_key_env": "OPENAI_API_KEY", "batch": False}
 OPENFACE = "FeatureExtraction"  # looked for in PATH
 SERVER = "OPENAI_BASE_URL"  # as OpenAI's own client knows it
