@@ -19,14 +19,24 @@ def computed() -> list[tuple[str, str]]:
     return [(clip, node) for clip, node in (line.split() for line in LOG.read_text().splitlines())]
 
 
+def note(clip_id: str) -> str:
+    """Write a clip to the log; returns the node that this is."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
+    with open(LOG, "a") as log:
+        log.write(f"{clip_id} {node}\n")
+    return node
+
+
 class Words:
-    """A text for every clip, `seconds` each. At the clip `fails` it raises, at `dies` its process ends.
+    """A text for every clip. At the clip `fails` it raises, at `dies` its process ends.
 
     On the node `doomed` it hangs at the fifth clip; the other nodes wait for that.
     """
 
-    def __init__(self, seconds: float = 0.0, fails: str = "", dies: str = "", doomed: str = ""):
-        self.seconds, self.fails, self.dies, self.doomed = seconds, fails, dies, doomed
+    def __init__(self, fails: str = "", dies: str = "", doomed: str = ""):
+        self.fails, self.dies, self.doomed = fails, dies, doomed
         self.attributes: dict[str, Any] = {}
 
     def open(self, device: str, workers: int | None = None) -> None:
@@ -40,12 +50,7 @@ class Words:
             yield [self._row(clip) for clip in chunk]
 
     def _row(self, clip: Input) -> Row:
-        import ray
-
-        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
-        with open(LOG, "a") as log:
-            log.write(f"{clip.clip_id} {node}\n")
-        time.sleep(self.seconds)
+        node = note(clip.clip_id)
         while self.doomed and (node == self.doomed) == (len([n for _, n in computed() if n == self.doomed]) > 4):
             time.sleep(0.02)
         if clip.clip_id == self.dies:
@@ -58,17 +63,19 @@ class Words:
 
 
 class Ramps:
-    """An encoder: clip i is i + 2 frames of four numbers."""
+    """An encoder that takes its time: clip i is i + 2 frames of four numbers."""
 
     dimension, unit_bytes, padded = 4, 1000, True
 
     def prepare(self, item: int) -> np.ndarray:
+        note(f"c{item:02d}")
         return np.arange((item + 2) * 4, dtype=np.float32).reshape(-1, 4)
 
     def size(self, prepared: np.ndarray) -> int:
         return len(prepared)
 
     def encode(self, batch: list[np.ndarray]) -> list[np.ndarray]:
+        time.sleep(0.3)
         return [prepared / 3 for prepared in batch]
 
 
