@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from stages.devices import pick_device, set_threads
 from stages.fusion.features import Inputs, Modality, fold_statistics
 from stages.fusion.self_training import self_train
-from stages.fusion.training import fit, train
+from stages.fusion.training import fit_in_groups, train
 from stages.params import Fusion, SelfTraining
 
 LABELS = ("neutral", "anger", "happiness", "sadness", "worry", "surprise")
@@ -81,7 +81,7 @@ def beside_the_baseline(fusion: Fusion, device: str) -> None:
     models = [(0, fold) for fold in range(FOLDS)]
 
     def ours() -> None:
-        fit(inputs, recipe, inputs.labels[None], statistics_, models, "ours")
+        fit_in_groups(inputs, recipe, inputs.labels[None], statistics_, models, "ours")
 
     baseline = Baseline(inputs, recipe, device)
     ours()  # warm up
