@@ -38,6 +38,7 @@ $(READY): constraints.txt
 	test -x .venv/bin/python || PATH="$(SYSTEM_PATH)" python3 -m venv --without-pip .venv
 	PATH="$(SYSTEM_PATH)" python3 -m pip --python .venv/bin/python install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
 	.venv/bin/uv pip sync --quiet --compile-bytecode --python .venv/bin/python constraints.txt
+	.venv/bin/python -m compileall -q stages
 	touch $(READY)
 
 # After a change of pyproject.toml's dependencies: pin them anew, for every Python from 3.11 on.

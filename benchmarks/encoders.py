@@ -139,7 +139,7 @@ class Prepared:
 
     def __init__(self, encoder: Encoder, prepared: Sequence[np.ndarray]):
         self.dimension, self.unit_bytes, self.padded = encoder.dimension, encoder.unit_bytes, encoder.padded
-        self.size, self.encode = encoder.size, encoder.encode
+        self.size, self.encode, self.concurrent = encoder.size, encoder.encode, encoder.concurrent
         self._prepared = prepared
 
     def prepare(self, item: int) -> np.ndarray:

@@ -4,10 +4,9 @@ With any other adapter there is nothing to make; the stage then only checks, bef
 the corpus folder lies where params.yaml says.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stages.corpus.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
-from stages.corpus.demo.clip_checkpoint import make_clip
 from stages.corpus.demo.generate import make_corpus, sentences
 from stages.devices import pick_workers
 from stages.errors import PipelineError, run_stage
@@ -27,11 +26,21 @@ LAYOUTS = {
 def make_demo(p: Params) -> None:
     """Corpus and checkpoints from demo.seed; the same bytes every time."""
     d = p.demo
-    make_corpus(DATA, d.seed, d.labelled, d.unlabelled, d.test, p.corpus.labels, pick_workers(p.runtime))
-    make_hubert(MODELS / "hubert", d.seed)
-    make_hubert_base(MODELS / "hubert_base", d.seed)
-    make_clip(MODELS / "clip", d.seed)
-    make_baichuan(MODELS / "baichuan", d.seed, sentences())
+    counts = (d.labelled, d.unlabelled, d.test)
+    with ThreadPoolExecutor(1) as thread:  # its processes draw clips while this one spends seconds on imports
+        corpus = thread.submit(make_corpus, DATA, d.seed, *counts, p.corpus.labels, pick_workers(p.runtime))
+        make_checkpoints(d.seed)
+        corpus.result()
+
+
+def make_checkpoints(seed: int) -> None:
+    from stages.corpus.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
+    from stages.corpus.demo.clip_checkpoint import make_clip
+
+    make_hubert(MODELS / "hubert", seed)
+    make_hubert_base(MODELS / "hubert_base", seed)
+    make_clip(MODELS / "clip", seed)
+    make_baichuan(MODELS / "baichuan", seed, sentences())
 
 
 def check_corpus(p: Params) -> None:

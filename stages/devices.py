@@ -1,6 +1,9 @@
 """What the machine has: which devices compute, how many processes decode, how much memory a batch may take."""
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 
 from stages.errors import PipelineError
 from stages.params import Runtime
@@ -38,9 +41,14 @@ def pick_device(device: str) -> str:
     return pick_devices(device)[0]
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def pick_workers(runtime: Runtime) -> int:
     """Decoding workers: runtime.workers, or the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if runtime.workers == "auto" else runtime.workers
+    return cores() if runtime.workers == "auto" else runtime.workers
 
 
 def set_threads(narrow: bool) -> None:
@@ -51,7 +59,24 @@ def set_threads(narrow: bool) -> None:
     """
     import torch
 
-    torch.set_num_threads(1 if narrow else len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1 if narrow else cores())
+
+
+@contextmanager
+def lanes(count: int) -> Iterator[Executor]:
+    """`count` threads for work on a CPU that need not meet, torch's own threads shared out among them.
+
+    Threads inside an operation wait for one another after each; lanes don't (benchmarks/README.md has the gain).
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // count))  # what a new thread computes with
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def free_bytes(device: str) -> int:

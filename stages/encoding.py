@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from queue import SimpleQueue
 from threading import Condition, Thread
 from types import TracebackType
@@ -10,15 +12,17 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from stages.devices import NARROW, batch_bytes, pick_workers, set_threads
+from stages.devices import NARROW, batch_bytes, cores, free_bytes, lanes, pick_workers, set_threads
 from stages.errors import PipelineError, Skip, working_on
 from stages.extraction import Input
 from stages.params import Runtime
 from stages.store import Row, Store, feature_row
 
 T = TypeVar("T")
+Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
 WINDOW_BYTES = 128 << 20  # prepared inputs that are sorted and batched together; fixed, so that batches are too
 AHEAD_BYTES = 128 << 20  # prepared inputs that wait while the device computes
+BATCHES_PER_LANE = 4  # of a CPU, so that its cores end together though batches differ
 
 
 class Encoder(Protocol):
@@ -27,6 +31,7 @@ class Encoder(Protocol):
     dimension: int
     unit_bytes: int  # estimated peak activation bytes per unit of size in a batch
     padded: bool  # whether a batch's clips are padded to the longest; else any units (images) may be run together
+    concurrent: bool  # whether several threads may call encode at once
 
     def prepare(self, item: Any) -> np.ndarray: ...
 
@@ -57,6 +62,7 @@ class Encode:
         set_threads(self._encoder.dimension < NARROW)
         self.attributes = {"dimension": self._encoder.dimension}
         self._budget = batch_bytes(self.runtime, device)
+        self._lanes = cores() if device == "cpu" and self._encoder.concurrent else 1
         self._threads = workers or pick_workers(self.runtime)
 
     def close(self) -> None:
@@ -101,27 +107,47 @@ class Encode:
 
     def _outputs(self, clips: list[tuple[str, np.ndarray]]) -> list[Any]:
         """The encoder's output for each (clip_id, prepared), in order."""
-        from torch import OutOfMemoryError
-
         parts: list[list[Any]] = [[] for _ in clips]
-        for batch in self._batches(clips):
-            try:
-                with working_on(f"a batch of clips {', '.join(dict.fromkeys(clips[i][0] for i, _ in batch))}"):
-                    found = self._encoder.encode([prepared for _, prepared in batch])
-            except OutOfMemoryError:
-                self._halve_budget(clips[batch[0][0]][0], [prepared for _, prepared in batch])
-                found = self._outputs([(clips[i][0], prepared) for i, prepared in batch])
-            for (i, _), output in zip(batch, found, strict=True):
-                parts[i].append(output)
+        budget = self._budget
+        todo = list(self._batches(clips))
+        count = self._lane_count(todo)
+        with lanes(count) if count > 1 else nullcontext() as pool:
+            run = pool.map if pool else map  # a device's batches one after another, each with all of its memory
+            for batch, found in zip(todo, run(partial(self._attempt, clips), todo), strict=True):
+                if found is None:  # out of memory
+                    if self._budget == budget:  # else an earlier batch of these has halved it
+                        self._halve_budget(clips[batch[0][0]][0], [prepared for _, prepared in batch])
+                    found = self._outputs([(clips[i][0], prepared) for i, prepared in batch])
+                for (i, _), output in zip(batch, found, strict=True):
+                    parts[i].append(output)
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
-    def _batches(self, clips: list[tuple[str, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
-        """(index of the clip, all or some of its prepared input), in batches that fit the budget."""
-        encoder = self._encoder
+    def _attempt(self, clips: list[tuple[str, np.ndarray]], batch: Batch) -> Sequence[Any] | None:
+        """The encoder's outputs for a batch; None where the device's memory is too small for it."""
+        from torch import OutOfMemoryError
+
+        try:
+            with working_on(f"a batch of clips {', '.join(dict.fromkeys(clips[i][0] for i, _ in batch))}"):
+                return self._encoder.encode([prepared for _, prepared in batch])
+        except OutOfMemoryError:
+            return None
+
+    def _batches(self, clips: list[tuple[str, np.ndarray]]) -> Iterator[Batch]:
+        """The clips in batches that fit the budget, and on a CPU in enough of them to keep its cores busy."""
+        encoder, budget = self._encoder, self._budget
+        units = sum(encoder.size(prepared) for _, prepared in clips)
+        if self._lanes > 1:
+            budget = min(budget, -(-units * encoder.unit_bytes // (self._lanes * BATCHES_PER_LANE)))
         if encoder.padded:
             indexed = [(i, prepared) for i, (_, prepared) in enumerate(clips)]
-            return batches(indexed, lambda pair: encoder.size(pair[1]), encoder.unit_bytes, self._budget)
-        return runs([prepared for _, prepared in clips], max(1, self._budget // encoder.unit_bytes))
+            return batches(indexed, lambda pair: encoder.size(pair[1]), encoder.unit_bytes, budget)
+        return runs([prepared for _, prepared in clips], max(1, budget // encoder.unit_bytes))
+
+    def _lane_count(self, todo: Sequence[Batch]) -> int:
+        """How many batches are computed side by side: no more than there are, and than memory has room for."""
+        largest = max((sum(self._encoder.size(prepared) for _, prepared in batch) for batch in todo), default=1)
+        room = free_bytes("cpu") // (largest * self._encoder.unit_bytes) if self._lanes > 1 else 1
+        return max(1, min(self._lanes, len(todo), room))
 
     def _halve_budget(self, first_clip: str, batch: list[np.ndarray]) -> None:
         """Smaller batches from now on. PipelineError where one clip, or one image, is already too much."""

@@ -32,7 +32,7 @@ class FromClipId:
 
     def __init__(self, encoder: Encoder, read: Callable[[str], Any], kept: dict[str, np.ndarray]):
         self.dimension, self.unit_bytes, self.padded = encoder.dimension, encoder.unit_bytes, encoder.padded
-        self.size, self.encode = encoder.size, encoder.encode
+        self.size, self.encode, self.concurrent = encoder.size, encoder.encode, encoder.concurrent
         self._prepare, self._read, self._kept = encoder.prepare, read, kept
         self._room = KEPT_BYTES - sum(prepared.nbytes for prepared in kept.values())
 

@@ -65,7 +65,7 @@ class Words:
 class Ramps:
     """An encoder that takes its time: clip i is i + 2 frames of four numbers."""
 
-    dimension, unit_bytes, padded = 4, 1000, True
+    dimension, unit_bytes, padded, concurrent = 4, 1000, True, True
 
     def prepare(self, item: int) -> np.ndarray:
         note(f"c{item:02d}")

@@ -36,6 +36,7 @@ class Doubler:
 
     dimension = 2
     unit_bytes = (1 << 20) // UNITS
+    concurrent = False
 
     def __init__(self, padded: bool = True, device_units: int = 1 << 30):
         self.padded, self.device_units = padded, device_units

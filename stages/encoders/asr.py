@@ -40,7 +40,7 @@ class Config:
 class Recognizer:
     """dimension: the network's width. unit_bytes: estimated peak activation bytes per sample of a padded batch."""
 
-    padded = True
+    padded, concurrent = True, False  # generate keeps state in the model
 
     def __init__(self, config: Config, device: str) -> None:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES

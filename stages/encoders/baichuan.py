@@ -54,7 +54,7 @@ def compose(transcript: str, ranking: list[str]) -> str:
 class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per token in a batch."""
 
-    padded = True
+    padded, concurrent = True, True
 
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)
@@ -247,12 +247,13 @@ class Decoder(nn.Module):
 
         Made in steps of 64 tokens and sliced, which also leaves its rows aligned for the fused kernels.
         """
-        if self._bias is None or self._bias.shape[1] < length:
+        bias = self._bias  # threads may exchange it
+        if bias is None or bias.shape[1] < length:
             positions = torch.arange(-(-length // 64) * 64, device=x.device)
             distance = positions[None, :] - positions[:, None]  # <= 0 for the past
             bias = torch.tensor(_slopes(self.heads), device=x.device)[:, None, None] * distance
-            self._bias = bias.masked_fill(distance > 0, -torch.inf).to(x.dtype)
-        return self._bias[:, :length, :length]
+            self._bias = bias = bias.masked_fill(distance > 0, -torch.inf).to(x.dtype)
+        return bias[:, :length, :length]
 
     def _angles(self, length: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine (length, C / heads) of the rotary positions, float32."""

@@ -231,6 +231,7 @@ class ImageEncoder:
     """One feature per image, through `features`: (n, 3, H, W) -> (n, C), of a model with the tower `visual`."""
 
     padded = False  # a clip of any number of images may share a batch with others, or be cut
+    concurrent = True
 
     def __init__(self, visual: Any, features: Callable[[torch.Tensor], torch.Tensor], device: str, dtype: torch.dtype):
         self._images, self._features = Images(visual), features

@@ -25,6 +25,7 @@ JITTER = 0.2  # brightness, contrast and saturation change by up to this
 GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue
 BETAS = (0.9, 0.98)  # CLIP's and ViFi-CLIP's
 AHEAD = 2  # batches decoded ahead
+PIECES = 8  # of a batch, for as many threads
 SAVED_VALUES = 11  # per token and channel that a block keeps for backward: norms, qkv, attention, MLP; measured
 
 
@@ -123,15 +124,21 @@ class Trainer:
         """Batches as (rows, pixels (B, frames, 3, H, W) float32 in 0..1 on the device), decoded ahead."""
         pending: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
         for batch, pick in zip(rows, picks, strict=True):
-            decoding = [self.threads.submit(clips.frames, *clip) for clip in zip(batch, pick, strict=True)]
+            # in a few pieces: handing clips over one by one costs more than a frame that is decoded already
+            pieces = np.array_split(np.arange(len(batch)), min(PIECES, len(batch)))
+            decoding = [self.threads.submit(self._decode, clips, batch, pick, piece) for piece in pieces]
             pending.append((batch, decoding))
             if len(pending) > AHEAD:
                 yield self._to_device(*pending.popleft())
         while pending:
             yield self._to_device(*pending.popleft())
 
-    def _to_device(self, batch: np.ndarray, clips: list[Future[np.ndarray]]) -> tuple[np.ndarray, torch.Tensor]:
-        images = torch.from_numpy(np.stack([clip.result() for clip in clips])).to(self.device, non_blocking=True)
+    def _decode(self, clips: Clips, batch: np.ndarray, pick: Sequence[np.ndarray], piece: np.ndarray) -> np.ndarray:
+        return np.stack([clips.frames(batch[i], pick[i]) for i in piece])
+
+    def _to_device(self, batch: np.ndarray, pieces: list[Future[np.ndarray]]) -> tuple[np.ndarray, torch.Tensor]:
+        images = torch.from_numpy(np.concatenate([piece.result() for piece in pieces]))
+        images = images.to(self.device, non_blocking=True)
         return batch, images.permute(0, 1, 4, 2, 3).float().div(255)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

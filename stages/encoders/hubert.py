@@ -6,6 +6,7 @@ transformers 4 returned and the published features are; transformers 5 returns i
 Loads HuBERT, wav2vec2, WavLM, UniSpeech and data2vec-audio checkpoints by name alike.
 """
 
+import threading
 from typing import Annotated, Literal
 
 import numpy as np
@@ -36,7 +37,7 @@ class Config:
 class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per audio sample in a batch."""
 
-    padded = True
+    padded, concurrent = True, True
 
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)
@@ -82,10 +83,11 @@ class Encoder:
         encoder = self._model.encoder
         count = len(encoder.layers) + 1
         wanted = hidden_state_entries(layers, count, name)
-        self._sum: torch.Tensor | None = None
+        self._pass = threading.local()
 
         def add(state: torch.Tensor) -> None:
-            self._sum = state.float() if self._sum is None else self._sum + state.float()
+            total = self._pass.total
+            self._pass.total = state.float() if total is None else total + state.float()
 
         for index in wanted:
             if index == 0:
@@ -171,10 +173,9 @@ class Encoder:
             mask[row, :length] = 1
         values = torch.from_numpy(padded).to(self._device, self._dtype)
         uneven = min(lengths) < max(lengths)
-        self._sum = None
+        self._pass.total = None
         self._model(values, attention_mask=torch.from_numpy(mask).to(self._device) if uneven else None)
-        assert self._sum is not None
-        total, self._sum = self._sum, None
+        total, self._pass.total = self._pass.total, None
         return [states[: self._frames(length)] for states, length in zip(total, lengths, strict=True)]
 
     def _frames(self, samples: int) -> int:

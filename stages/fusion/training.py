@@ -8,9 +8,8 @@ Per model the epoch with the best validation WAF is kept; ties go to the earlier
 host, and so nothing waits for a GPU, before training ends.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, wait
 from dataclasses import dataclass, fields
 from threading import Event
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from stages.devices import cores, lanes
 from stages.fusion.ensemble import Ensemble, Outputs
 from stages.fusion.features import Inputs, Statistics, affine, fold_statistics
 from stages.fusion.masks import DROPOUT, INITIAL, LOWEST, ORDER, RandomBits, keep_modalities, stream, threshold
@@ -63,7 +63,8 @@ def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
 
 @dataclass(frozen=True)
 class Fitted:
-    """M trained models, on the CPU. Validation softmaxes follow the rows of the model's fold, padded to the longest fold."""
+    """M trained models, on the CPU. Validation softmaxes follow the rows of the model's fold, padded to the longest
+    fold's."""
 
     parameters: Tensor  # (M, P) at the best epoch
     best: Tensor  # (M, V, L) validation softmaxes at the best epoch
@@ -79,28 +80,20 @@ def fit_in_groups(
     models: Sequence[tuple[int, int]],
     name: str,
 ) -> Fitted:
-    """What `fit` gives, on a CPU with the models dealt out to its cores, each group in a thread of its own.
-
-    Models never meet, so groups run side by side without waiting for one another; threads inside an operation wait
-    after each (benchmarks/README.md has the gain).
-    """
-    cores = len(os.sched_getaffinity(0)) if inputs.device.type == "cpu" else 1
-    count = min(cores, len(models))
+    """What `fit` gives, on a CPU with the models dealt out to its cores: models never meet."""
+    count = min(cores(), len(models)) if inputs.device.type == "cpu" else 1
     groups = [[models[i] for i in group] for group in np.array_split(np.arange(len(models)), count)]
-    threads, stop = torch.get_num_threads(), Event()
-    torch.set_num_threads(max(1, threads // count))  # what a new thread computes with
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            tasks = [pool.submit(fit, inputs, recipe, labels, statistics, group, name, group is groups[0], stop)
-                     for group in groups]
-            try:
-                done = [task.result() for task in tasks]
-            except BaseException:  # Ctrl-C too: the groups that go on would hold up the end
-                stop.set()
-                raise
-    finally:
-        torch.set_num_threads(threads)
-    return Fitted(*(torch.cat([getattr(part, field.name) for part in done]) for field in fields(Fitted)))
+    stop = Event()
+    with lanes(count) as pool:
+        tasks = [pool.submit(fit, inputs, recipe, labels, statistics, group, name, group is groups[0], stop)
+                 for group in groups]
+        try:
+            for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+                task.result()
+        except BaseException:  # Ctrl-C too: the groups that go on would hold up the end
+            stop.set()
+            raise
+    return Fitted(*(torch.cat([getattr(task.result(), field.name) for task in tasks]) for field in fields(Fitted)))
 
 
 def fit(

@@ -17,6 +17,8 @@ class EveryFold(ImageEncoder):
     prompts: F files of train_emovclip. dimension: E. Raises PipelineError as the loaders do.
     """
 
+    concurrent = False  # a pass exchanges the prompts
+
     def __init__(self, config: EmoVCLIP, prompts: Sequence[Path], device: str):
         model, _ = load_promptable(config.checkpoint, config.revision, config.dtype, device)
         folds = [load_prompts(path, model).to(device) for path in prompts]

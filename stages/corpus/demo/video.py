@@ -48,7 +48,7 @@ def _video_stream(container: av.container.OutputContainer, frames: list[np.ndarr
     stream.pix_fmt = "yuv420p"
     stream.codec_context.thread_count = 1
     stream.codec_context.flags |= av.codec.context.Flags.bitexact
-    stream.options = {"preset": "superfast", "crf": "21"}
+    stream.options = {"preset": "ultrafast", "crf": "21"}
     return stream
 
 

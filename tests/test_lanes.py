@@ -1,0 +1,173 @@
+"""Work side by side on a CPU's cores: the same results as one after another, and threads that end when one fails."""
+
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fusion_data import make_inputs, recipe
+
+from stages import encoding
+from stages.corpus.demo.checkpoints import make_baichuan, make_hubert
+from stages.corpus.demo.clip_checkpoint import make_clip
+from stages.corpus.demo.text import sentences
+from stages.devices import lanes
+from stages.encoders import baichuan, clip, hubert
+from stages.encoding import Encode, pooled_row
+from stages.extraction import Input
+from stages.fusion import training
+from stages.fusion.features import fold_statistics
+from stages.params import Runtime
+from stages.store import Row
+
+RUNTIME = Runtime(device="cpu", workers=2, executor="local", ray_address="auto", ray_gpus_per_task=1,
+                  batch_memory_mb="auto", gradient_checkpointing=False, clip_timeout_seconds=60, keep_parts=False)
+
+
+def test_torchs_threads_are_shared_out_and_given_back() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        with lanes(3) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+        with pytest.raises(ZeroDivisionError), lanes(12) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+            pool.submit(divmod, 1, 0).result()
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- encoders
+
+
+def make_encoder(name: str, folder: Path) -> Any:
+    if name == "hubert":
+        make_hubert(folder, 1)
+        return hubert.Encoder(hubert.Config(str(folder), None, "float32", [-2, -1], True, 30), "cpu")
+    if name == "clip":
+        make_clip(folder, 1)
+        return clip.Encoder(clip.Config(str(folder), None, "float32"), "cpu")
+    make_baichuan(folder, 1, sentences())
+    return baichuan.Encoder(baichuan.Config(str(folder), None, "float32", [-2, -1], 512), "cpu")
+
+
+def clips_of(name: str, encoder: Any) -> list[Any]:
+    """What `prepare` would give for clips of many lengths."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 40, 24)
+    if name == "hubert":
+        return [rng.standard_normal(400 + 320 * n).astype(np.float32) for n in lengths]
+    if name == "clip":
+        return [rng.integers(0, 256, (n, *encoder._images.size, 3), np.uint8) for n in lengths]
+    return [np.stack([rng.integers(3, 100, n), np.ones(n, np.int64)]) for n in lengths]
+
+
+class Prepared:
+    """An encoder whose clips are prepared already, and which notes the threads that call it."""
+
+    def __init__(self, encoder: Any, prepared: list[np.ndarray]):
+        self.dimension, self.unit_bytes, self.padded = encoder.dimension, encoder.unit_bytes, encoder.padded
+        self.size, self.concurrent = encoder.size, encoder.concurrent
+        self._encoder, self._prepared = encoder, prepared
+        self.threads: set[int] = set()
+        self.together = threading.Barrier(2, timeout=30)  # the first two calls meet: they do run at once
+        self.calls = 0
+
+    def prepare(self, item: int) -> np.ndarray:
+        return self._prepared[item]
+
+    def encode(self, batch: list[np.ndarray]) -> Any:
+        self.threads.add(threading.get_ident())
+        self.calls += 1
+        if self.calls <= 2 and not self.together.broken:
+            self.together.wait()
+        return self._encoder.encode(batch)
+
+
+def rows_of(encoder: Prepared) -> list[Row]:
+    work = Encode(lambda _: encoder, int, partial(pooled_row, keep_frames=True, variance=True), RUNTIME)
+    work.open("cpu")
+    inputs = [Input(f"c{i}", i, b"") for i in range(len(encoder._prepared))]
+    [rows] = work.shards([inputs])
+    work.close()
+    return rows
+
+
+@pytest.mark.parametrize("name", ["hubert", "clip", "baichuan"])
+def test_batches_side_by_side_equal_one_after_another(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder(name, tmp_path / name)
+    monkeypatch.setattr(encoding, "cores", lambda: 3)
+    beside = Prepared(encoder, clips_of(name, encoder))
+    several = rows_of(beside)
+    assert len(beside.threads) > 1
+    monkeypatch.setattr(encoding, "cores", lambda: 1)
+    single = Prepared(encoder, clips_of(name, encoder))
+    single.together.abort()
+    one = rows_of(single)
+    assert single.threads == {threading.get_ident()}
+    for ours, theirs in zip(several, one, strict=True):
+        assert ours.clip_id == theirs.clip_id and ours.values.shape == theirs.values.shape
+        assert np.abs(ours.values - theirs.values).max() <= 1e-4 * np.abs(theirs.values).max()
+
+
+def test_no_more_lanes_than_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder("clip", tmp_path / "clip")
+    monkeypatch.setattr(encoding, "cores", lambda: 8)
+    monkeypatch.setattr(encoding, "free_bytes", lambda _: 1)
+    crowded = Prepared(encoder, clips_of("clip", encoder))
+    crowded.together.abort()
+    rows_of(crowded)
+    assert crowded.threads == {threading.get_ident()}
+
+
+# ---------------------------------------------------------------- the fusion
+
+
+def fitted(groups: int, monkeypatch: pytest.MonkeyPatch) -> training.Fitted:
+    monkeypatch.setattr(training, "cores", lambda: groups)
+    p = recipe(epochs=4)
+    inputs, _ = make_inputs()  # folds of unequal size
+    labels = np.tile(inputs.labels, (len(p.seeds), 1))
+    models = list(np.ndindex(len(p.seeds), inputs.fold_count))
+    return training.fit_in_groups(inputs, p, labels, fold_statistics(inputs, True), models, "test")
+
+
+@pytest.mark.parametrize("groups", [2, 4, 100])
+def test_groups_of_models_train_as_all_at_once(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    several, one = fitted(groups, monkeypatch), fitted(1, monkeypatch)
+    for field in ("parameters", "best", "last", "curves"):
+        torch.testing.assert_close(getattr(several, field), getattr(one, field), rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs, real = [], training.evaluate
+
+    def broken(*arguments: Any) -> Any:
+        epochs.append(threading.get_ident())
+        if len(epochs) == 1:
+            raise ArithmeticError("the first group")
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(training, "plan_epoch", slowly(training.plan_epoch))
+    with pytest.raises((ArithmeticError, training.CancelledError)):
+        fitted(2, monkeypatch)
+    assert len(epochs) < 5  # of 1 + 4
+
+
+def slowly(function: Any) -> Any:
+    """The second epoch of a group waits until the first group's end had time to be noticed."""
+    pause = threading.Event()
+
+    def call(*arguments: Any) -> Any:
+        if arguments[-1] > 0:
+            pause.wait(0.3)
+        return function(*arguments)
+
+    return call
