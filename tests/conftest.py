@@ -1,6 +1,9 @@
-"""What every test shares."""
+"""What tests share. Heavy imports stay inside the fixtures: every pytest call reads this file."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Files that take a minute and more: begun first, so that no worker is left alone with one at the end
 LONG = ("test_pipeline.py", "test_broken_media.py", "test_crashes.py", "test_rankings_serve.py",
-        "test_rankings_batch_kills.py", "test_import_features.py", "test_predict.py", "test_ray.py")
+        "test_rankings_batch_kills.py", "test_import_features.py", "test_ray.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,3 +24,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _working_directory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Tests start in the repository root, wherever pytest was called from."""
     monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For files that ask for it with `pytestmark`: stages set torch's threads for the whole process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a miniature CLIP, for reading only."""
+    import torch
+
+    from stages.corpus.demo.clip_checkpoint import make_clip
+
+    torch.set_num_threads(1)  # in a miniature they only wait for one another
+    folder = tmp_path_factory.mktemp("checkpoint") / "clip"
+    make_clip(folder, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with trained models, for reading only."""
+    from trained_run import make_trained
+
+    root = tmp_path_factory.mktemp("trained") / "repository"
+    make_trained(root)
+    return root
+
+
+@pytest.fixture
+def trained_copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of one's own, which is the working directory."""
+    folder = Path(shutil.copytree(trained, tmp_path / "repository"))
+    monkeypatch.chdir(folder)
+    return folder

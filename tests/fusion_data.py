@@ -82,6 +82,11 @@ def make_inputs(
     return inputs, truth
 
 
+def tiled(inputs: Inputs, p: Fusion) -> np.ndarray:
+    """The labels for each seed, as `train` takes them."""
+    return np.tile(inputs.labels, (len(p.seeds), 1))
+
+
 def raw_features(modality: Modality, fold: int) -> np.ndarray:
     """(N, D) float64 features as they were before loading; absent clips are the centre."""
     group = fold % len(modality.matrix)

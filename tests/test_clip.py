@@ -25,27 +25,19 @@ WEIGHTS = "open_clip_model.safetensors"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("clip")
-    make_clip(root / "clip", seed=1)
-    return root / "clip"
-
-
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
+def copy(clip_checkpoint: Path, tmp_path: Path) -> Path:
     """A checkpoint of its own for a test to break."""
-    return shutil.copytree(folder, tmp_path / "broken")
+    return shutil.copytree(clip_checkpoint, tmp_path / "broken")
 
 
 @pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(clip_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The Hugging Face cache of a machine without network that once fetched someone/mini at REVISION."""
     from huggingface_hub import constants
 
     snapshot = tmp_path / "models--someone--mini" / "snapshots" / REVISION
-    shutil.copytree(folder, snapshot)
+    shutil.copytree(clip_checkpoint, snapshot)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return snapshot
@@ -98,8 +90,8 @@ def test_same_as_open_clips_own_transform_and_tower(copy: Path, change: dict[str
     assert relative(found, expected) < 1e-5
 
 
-def test_batched_equals_one_image_at_a_time(folder: Path) -> None:
-    ours = encoder(folder)
+def test_batched_equals_one_image_at_a_time(clip_checkpoint: Path) -> None:
+    ours = encoder(clip_checkpoint)
     prepared = [ours.prepare(images) for images in clips()]
     assert [ours.size(images) for images in prepared] == [3, 1, 7, 2]
     single = [np.concatenate([ours.encode([image[None]])[0] for image in images]) for images in prepared]
@@ -107,23 +99,24 @@ def test_batched_equals_one_image_at_a_time(folder: Path) -> None:
         assert relative(found, expected) < 1e-5
 
 
-def test_half_precision_is_near(folder: Path) -> None:
+def test_half_precision_is_near(clip_checkpoint: Path) -> None:
     images = clips()[2]
-    full, half = encoder(folder), encoder(folder, dtype="bfloat16")
+    full, half = encoder(clip_checkpoint), encoder(clip_checkpoint, dtype="bfloat16")
     assert relative(half.encode([half.prepare(images)])[0], full.encode([full.prepare(images)])[0]) < 2e-2
     assert half.unit_bytes < full.unit_bytes
 
 
-def test_logit_scale_stays_exact_in_half_precision(folder: Path) -> None:
-    assert torch.equal(*(clip.load_clip(str(folder), None, d, "cpu")[0].logit_scale for d in ("float32", "bfloat16")))
+def test_logit_scale_stays_exact_in_half_precision(clip_checkpoint: Path) -> None:
+    scales = (clip.load_clip(str(clip_checkpoint), None, d, "cpu")[0].logit_scale for d in ("float32", "bfloat16"))
+    assert torch.equal(*scales)
 
 
-def test_the_miniature_is_reproducible_and_blind_to_mirroring(folder: Path, tmp_path: Path) -> None:
+def test_the_miniature_is_reproducible_and_blind_to_mirroring(clip_checkpoint: Path, tmp_path: Path) -> None:
     make_clip(tmp_path / "again", seed=1)
     make_clip(tmp_path / "other", seed=2)
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
-    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (folder / WEIGHTS).read_bytes()
-    ours = encoder(folder)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (clip_checkpoint / WEIGHTS).read_bytes()
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (clip_checkpoint / WEIGHTS).read_bytes()
+    ours = encoder(clip_checkpoint)
     prepared = ours.prepare(clips()[0])
     found, mirrored = ours.encode([prepared, prepared[:, :, ::-1].copy()])
     assert relative(mirrored, found) < 1e-4
@@ -138,29 +131,29 @@ BAD_IMAGES = {"none": [], "empty": [b""], "text": [b"no image"], "truncated": [j
 
 
 @pytest.mark.parametrize("images", BAD_IMAGES.values(), ids=BAD_IMAGES)
-def test_images_that_cannot_be_used_skip_the_clip(folder: Path, images: list[bytes]) -> None:
+def test_images_that_cannot_be_used_skip_the_clip(clip_checkpoint: Path, images: list[bytes]) -> None:
     with pytest.raises(Skip) as caught:
-        encoder(folder).prepare(images)
+        encoder(clip_checkpoint).prepare(images)
     assert str(caught.value)
 
 
 # ---------------------------------------------------------------- checkpoints by name
 
 
-def test_hub_repository_at_a_revision(folder: Path, hub: Path) -> None:
-    ours, expected = encoder("hf-hub:someone/mini", revision=REVISION), encoder(folder)
+def test_hub_repository_at_a_revision(clip_checkpoint: Path, hub: Path) -> None:
+    ours, expected = encoder("hf-hub:someone/mini", revision=REVISION), encoder(clip_checkpoint)
     prepared = expected.prepare(clips()[0])
     assert np.array_equal(ours.encode([prepared])[0], expected.encode([prepared])[0])
     with pytest.raises(PipelineError, match="someone/mini"):
         encoder("hf-hub:someone/mini", revision="f" * 40)
 
 
-def test_model_and_pretrained_tag_at_a_revision(folder: Path, hub: Path, tmp_path: Path,
+def test_model_and_pretrained_tag_at_a_revision(clip_checkpoint: Path, hub: Path, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
     from open_clip import factory, pretrained
 
-    config = json.loads((folder / "open_clip_config.json").read_text())
+    config = json.loads((clip_checkpoint / "open_clip_config.json").read_text())
     monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-mini-quickgelu", config["model_cfg"])
     source = pretrained._pcfg(hf_hub="someone/mini/", quick_gelu=True, interpolation="bilinear")
     monkeypatch.setitem(pretrained._PRETRAINED, "ViT-mini-quickgelu", {"openai": source})

@@ -1,22 +1,18 @@
-"""EmoVCLIP: prompts in open_clip's towers, words, training and its resumption, the two stages."""
+"""EmoVCLIP: prompts in open_clip's towers, words, training and its resumption."""
 
-import csv
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from open_clip import get_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from stages import extract_emovclip, train_emovclip
-from stages.corpus.demo.clip_checkpoint import make_clip
-from stages.corpus.manifest import Clip, write_manifest, write_rows
+from stages import train_emovclip
 from stages.encoders import emovclip
 from stages.encoders.clip import Images, load_clip
 from stages.encoders.emovclip import PromptedCLIP, Prompts, initial_prompts, label_tokens, video_features
@@ -31,21 +27,11 @@ from stages.encoders.emovclip_training import (
     training_bytes,
 )
 from stages.errors import PipelineError
-from stages.params import load
-from stages.store import Row, Store, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 TEMPLATE = "a photo of a person feeling {label}."
 SIDE = 48
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("emovclip")
-    make_clip(root / "clip", seed=1)
-    return root / "clip"
 
 
 def loaded(folder: Path, prompts: int, depth: int = 12, dtype: str = "float32") -> tuple[PromptedCLIP, torch.Tensor]:
@@ -70,13 +56,13 @@ def pictures(labels: np.ndarray, count: int, noise: float, seed: int = 0) -> np.
 # ---------------------------------------------------------------- prompts
 
 
-def test_without_prompts_it_is_open_clips_zero_shot(folder: Path) -> None:
+def test_without_prompts_it_is_open_clips_zero_shot(clip_checkpoint: Path) -> None:
     import open_clip
 
-    clip, tokens = loaded(folder, prompts=0)
-    plain = open_clip.create_model(f"local-dir:{folder}").eval()
+    clip, tokens = loaded(clip_checkpoint, prompts=0)
+    plain = open_clip.create_model(f"local-dir:{clip_checkpoint}").eval()
     images = frames(4, 3)
-    words = get_tokenizer(f"local-dir:{folder}")([TEMPLATE.format(label=label) for label in LABELS])
+    words = get_tokenizer(f"local-dir:{clip_checkpoint}")([TEMPLATE.format(label=label) for label in LABELS])
     assert torch.equal(tokens, words)
     with torch.inference_mode():
         expected, _ = plain.get_logits(images[:, 0], words)
@@ -106,8 +92,8 @@ def test_golden_case_through_the_loader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 12])
-def test_depth_is_clipped_to_the_towers_and_every_prompt_counts(folder: Path, depth: int) -> None:
-    clip, tokens = loaded(folder, prompts=3, depth=depth)
+def test_depth_is_clipped_to_the_towers_and_every_prompt_counts(clip_checkpoint: Path, depth: int) -> None:
+    clip, tokens = loaded(clip_checkpoint, prompts=3, depth=depth)
     layers = min(depth, len(clip.model.transformer.resblocks))
     assert clip.prompts.vision.shape[:2] == clip.prompts.text.shape[:2] == (layers, 3)
     features = clip.frame_features(frames(2, 1)[:, 0])
@@ -117,8 +103,8 @@ def test_depth_is_clipped_to_the_towers_and_every_prompt_counts(folder: Path, de
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
 
 
-def test_more_layers_of_prompts_than_the_tower_has_are_not_used(folder: Path) -> None:
-    clip, tokens = loaded(folder, prompts=2)
+def test_more_layers_of_prompts_than_the_tower_has_are_not_used(clip_checkpoint: Path) -> None:
+    clip, tokens = loaded(clip_checkpoint, prompts=2)
     images = frames(2, 1)[:, 0]
     with torch.inference_mode():
         expected = clip.frame_features(images), clip.text_features(tokens)
@@ -128,10 +114,10 @@ def test_more_layers_of_prompts_than_the_tower_has_are_not_used(folder: Path) ->
         assert torch.equal(clip.text_features(tokens), expected[1])
 
 
-def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
+def test_gradient_checkpointing_changes_no_gradient(clip_checkpoint: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
-        clip, tokens = loaded(folder, prompts=2)
+        clip, tokens = loaded(clip_checkpoint, prompts=2)
         clip.model.set_grad_checkpointing(checkpointing)
         video = video_features(clip.frame_features(frames(1, 2)[0])[None])
         clip.logits(video, clip.text_features(tokens))[0, 2].backward()
@@ -140,8 +126,8 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
         assert plain is not None and recomputed is not None and torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
-def test_the_estimate_of_saved_activations_is_about_right(folder: Path) -> None:
-    clip, _ = loaded(folder, prompts=1)
+def test_the_estimate_of_saved_activations_is_about_right(clip_checkpoint: Path) -> None:
+    clip, _ = loaded(clip_checkpoint, prompts=1)
     weights = {parameter.data_ptr() for parameter in clip.model.parameters()}
     saved: dict[int, int] = {}
 
@@ -155,29 +141,8 @@ def test_the_estimate_of_saved_activations_is_about_right(folder: Path) -> None:
     assert features.requires_grad and 0.7 < training_bytes(clip.model, 8) / sum(saved.values()) < 1.5
 
 
-@pytest.mark.parametrize(("chosen", "free", "expected"),
-                         [("auto", 1 << 40, False), ("auto", 1 << 10, True), (True, 1 << 40, True), (False, 0, False)])
-def test_gradients_are_checkpointed_when_memory_asks(
-    house: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | bool, free: int, expected: bool
-) -> None:
-    p = load()
-    runtime = p.runtime.model_copy(update={"gradient_checkpointing": chosen})
-    monkeypatch.setattr(train_emovclip, "load", lambda: p.model_copy(update={"runtime": runtime}))
-    monkeypatch.setattr(train_emovclip, "free_bytes", lambda device: free)
-    used: list[bool] = []
-    run_epoch = Trainer.run_epoch
-
-    def noted(self: Trainer) -> float:
-        used.append(self.clip.model.visual.transformer.grad_checkpointing)
-        return run_epoch(self)
-
-    monkeypatch.setattr(Trainer, "run_epoch", noted)
-    train_emovclip.main()
-    assert set(used) == {expected}
-
-
-def test_a_model_without_class_token_is_refused(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "average")
+def test_a_model_without_class_token_is_refused(clip_checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(clip_checkpoint, tmp_path / "average")
     config = json.loads((copy / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
     (copy / "open_clip_config.json").write_text(json.dumps(config))
@@ -201,8 +166,8 @@ def test_no_token_of_a_label_is_replaced(template: str, prompts: int) -> None:
     assert (tokens[:, : 1 + prompts] == tokens[0, : 1 + prompts]).all()  # the same words for every label
 
 
-def test_the_first_text_prompts_are_the_templates_words(folder: Path) -> None:
-    clip, tokens = loaded(folder, prompts=4)
+def test_the_first_text_prompts_are_the_templates_words(clip_checkpoint: Path) -> None:
+    clip, tokens = loaded(clip_checkpoint, prompts=4)
     words = get_tokenizer("ViT-B-32")(["a photo of a"])[0, 1:5]
     assert torch.equal(clip.prompts.text[0].detach(), clip.model.token_embedding.weight[words])
     assert torch.equal(tokens, get_tokenizer("ViT-B-32")([TEMPLATE.format(label=label) for label in LABELS]))
@@ -265,9 +230,9 @@ def trainer(folder: Path, threads: ThreadPoolExecutor, epochs: int, dtype: str =
     return Trainer(clip, Images(clip.model.visual), tokens, clips, recipe, threads), clips
 
 
-def test_it_learns_and_leaves_the_towers_alone(folder: Path) -> None:
+def test_it_learns_and_leaves_the_towers_alone(clip_checkpoint: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
-        training, clips = trainer(folder, threads, epochs=25)
+        training, clips = trainer(clip_checkpoint, threads, epochs=25)
         before = {name: tensor.clone() for name, tensor in training.clip.model.state_dict().items()}
         losses = [training.run_epoch() for _ in range(25)]
         accuracy = (training.predict(clips).argmax(1) == clips.labels).mean()
@@ -276,14 +241,14 @@ def test_it_learns_and_leaves_the_towers_alone(folder: Path) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in training.clip.model.state_dict().items())
 
 
-def test_resumed_after_any_epoch_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
+def test_resumed_after_any_epoch_equals_uninterrupted(clip_checkpoint: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
-        whole, _ = trainer(folder, threads, epochs=4)
+        whole, _ = trainer(clip_checkpoint, threads, epochs=4)
         losses = [whole.run_epoch() for _ in range(4)]
         path = tmp_path / "state.safetensors"
         curve: list[list[float]] = []
         for epoch in range(4):  # a new process each time
-            training, _ = trainer(folder, threads, epochs=4)
+            training, _ = trainer(clip_checkpoint, threads, epochs=4)
             assert train_emovclip.resume(training, path) == curve and training.epoch == epoch
             curve = [*curve, [epoch + 1, training.run_epoch()]]
             train_emovclip.keep(training, path, curve)
@@ -293,143 +258,9 @@ def test_resumed_after_any_epoch_equals_uninterrupted(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_towers_train_single_precision_prompts(folder: Path, dtype: str) -> None:
+def test_half_precision_towers_train_single_precision_prompts(clip_checkpoint: Path, dtype: str) -> None:
     with ThreadPoolExecutor(1) as threads:
-        training, clips = trainer(folder, threads, epochs=4, dtype=dtype)
+        training, clips = trainer(clip_checkpoint, threads, epochs=4, dtype=dtype)
         losses = [training.run_epoch() for _ in range(4)]
         assert training.clip.prompts.vision.dtype == torch.float32
         assert losses[-1] < losses[0] and np.isfinite(training.predict(clips)).all()
-
-
-# ---------------------------------------------------------------- the stages
-
-
-@pytest.fixture
-def house(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with 12 labelled and 4 other clips, two folds, a miniature CLIP and a short recipe."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "stages").symlink_to(ROOT / "stages")
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    shutil.copytree(folder, tmp_path / "models/demo/clip")
-    set_params(epochs=3, warmup_epochs=1, batch_size=4, frames=2)
-    make_data(np.arange(12) % len(LABELS))
-    return tmp_path
-
-
-def set_params(**changes: Any) -> None:
-    """params.yaml of the repository, on the CPU, with other values in its section emovclip."""
-    lines = (ROOT / "params.yaml").read_text().splitlines()
-    start = lines.index("emovclip:")
-    for i in range(start + 1, start + 20):
-        key = lines[i].strip().partition(":")[0]
-        if key in changes:
-            lines[i] = f"  {key}: {changes[key]}"
-    text = "\n".join(lines).replace("device: auto", "device: cpu").replace("workers: auto", "workers: 2")
-    Path("params.yaml").write_text(text + "\n")
-
-
-def make_data(labels: np.ndarray) -> None:
-    """Manifest, folds (0 for the first six) and frames; the last clip has none."""
-    names = [f"clip_{i:02d}" for i in range(len(labels) + 4)]
-    clips = [Clip(name, f"{name}.mp4", "labelled" if i < len(labels) else "test", LABELS[labels[i]] if i < len(labels)
-                  else "", "", "", 1.0, 1, "") for i, name in enumerate(names)]
-    write_manifest(clips)
-    write_rows("data/folds.csv", ("clip_id", "fold"), [(n, i // 6) for i, n in enumerate(names[: len(labels)])])
-    shown = pictures(np.arange(len(names)) % len(LABELS), 3, noise=0.3)
-    rows = [Row(n, values=[cv2.imencode(".jpg", image)[1].tobytes() for image in images], items={"frame": [0, 1, 2]})
-            for n, images in zip(names[:-1], shown, strict=False)]
-    rows.append(Row(names[-1], reason="no video stream"))
-    shutil.rmtree("data/frames", ignore_errors=True)
-    write_shard(Path("data/frames/shard-00000.h5"), "images", rows, {"fingerprint": "x", "short_side": SIDE})
-    write_index(Path("data/frames"), ["shard-00000.h5"])
-
-
-def outputs(folder: str = "models/emovclip") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def test_killed_training_goes_on_at_the_last_finished_epoch(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_emovclip.main()
-    expected = outputs()
-    assert set(expected) == {"fold-0.safetensors", "fold-1.safetensors", "curves.csv"}
-    keep, epochs = train_emovclip.keep, Trainer.run_epoch
-    done: list[int] = []
-
-    def killed_after_four(*args: Any) -> None:
-        keep(*args)
-        if len(done) == 4:
-            raise KeyboardInterrupt
-
-    def counted(self: Trainer) -> float:
-        done.append(self.epoch)
-        return epochs(self)
-
-    monkeypatch.setattr(train_emovclip, "keep", killed_after_four)
-    monkeypatch.setattr(Trainer, "run_epoch", counted)
-    with pytest.raises(KeyboardInterrupt):
-        train_emovclip.main()
-    monkeypatch.setattr(train_emovclip, "keep", keep)
-    monkeypatch.setattr(train_emovclip, "CACHE_BYTES", 0)  # as on a large corpus: decoded whenever asked for
-    train_emovclip.main()
-    assert done == [0, 1, 2, 0, 1, 2]  # six epochs of two folds, none twice
-    assert outputs() == expected
-
-
-def test_a_folds_prompts_never_see_its_validation_labels(house: Path) -> None:
-    labels = np.arange(12) % len(LABELS)
-    train_emovclip.main()
-    before = outputs()
-    make_data(np.concatenate([labels[:6][::-1], labels[6:]]))  # other labels for fold 0's clips
-    train_emovclip.main()
-    after = outputs()
-    assert after["fold-0.safetensors"] == before["fold-0.safetensors"]
-    assert after["fold-1.safetensors"] != before["fold-1.safetensors"]
-
-
-def test_features_of_every_clip_under_every_folds_prompts(house: Path) -> None:
-    train_emovclip.main()
-    extract_emovclip.main()
-    stores = [Store(f"features/emovclip/fold-{fold}") for fold in (0, 1)]
-    for fold, store in enumerate(stores):
-        assert len(store) == 16 and store.present.sum() == 15 and not store.present[-1]
-        assert store.var is None and store.mean.shape == (16, 64)
-        encoder = emovclip.Encoder(emovclip.Config("models/demo/clip", None, "float32",
-                                                   f"models/emovclip/fold-{fold}.safetensors"), "cpu")
-        [expected] = encoder.encode([encoder.prepare(Store("data/frames").read("clip_07"))])
-        assert np.allclose(store.mean[7], expected.mean(0), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(stores[0].mean, stores[1].mean, atol=1e-3)
-    with open("models/emovclip/curves.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["fold"], row["epoch"]) for row in rows] == [(str(f), str(e)) for f in (0, 1) for e in (1, 2, 3)]
-    assert all(0 <= float(row["valid_waf"]) <= 100 for row in rows)
-
-
-def test_scope_all_makes_one_store(house: Path) -> None:
-    set_params(scope="all", epochs=1, warmup_epochs=0)
-    train_emovclip.main()
-    assert set(outputs()) == {"all.safetensors", "curves.csv"}
-    extract_emovclip.main()
-    assert len(Store("features/emovclip")) == 16
-
-
-def test_no_prompts_is_no_training_and_zero_shot_features(house: Path) -> None:
-    set_params(prompts=0)
-    train_emovclip.main()
-    extract_emovclip.main()
-    first, second = (Store(f"features/emovclip/fold-{fold}").mean for fold in (0, 1))
-    assert np.array_equal(first, second) and first.any()
-
-
-@pytest.mark.parametrize("change", ["gone", "narrow", "flat", "text"])
-def test_bad_prompt_files(folder: Path, tmp_path: Path, change: str) -> None:
-    path = tmp_path / "fold-0.safetensors"
-    tensors = {"vision": torch.zeros(2, 4, 64), "text": torch.zeros(2, 4, 32)}
-    if change == "gone":
-        del tensors["text"]
-    elif change != "text":
-        tensors["text"] = torch.zeros(2, 4, 31) if change == "narrow" else torch.zeros(8, 32)
-    save_file(tensors, path)
-    if change == "text":
-        path.write_text("not prompts")
-    with pytest.raises(PipelineError, match="fold-0.safetensors: (tensor text|can't be read)"):
-        emovclip.Encoder(emovclip.Config(str(folder), None, "float32", str(path)), "cpu")

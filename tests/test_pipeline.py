@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from yaml_values import set_value
 
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "benchmarks", "data", "features", "models", "reports", "presets", ".dvc/config",
@@ -43,14 +44,7 @@ class Repository:
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
     def set(self, key: str, value: object, file: str = "params.yaml") -> None:
-        yaml = YAML()
-        values = yaml.load(self.folder / file)
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-        yaml.dump(values, self.folder / file)
+        set_value(self.folder / file, key, value)
 
     def metrics(self) -> dict:
         return json.loads((self.folder / "reports/metrics.json").read_text())

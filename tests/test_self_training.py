@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fusion_data import LABELS, ROOT, make_inputs, recipe, rounds, write_params, write_run
+from fusion_data import LABELS, ROOT, make_inputs, recipe, rounds, tiled, write_params, write_run
 from safetensors.torch import load_file
 
 from stages import self_train as stage
@@ -17,13 +17,7 @@ from stages.fusion import self_training
 from stages.fusion.self_training import choose, no_pseudo_labels, pool_rows, pseudo_labels_in_use, self_train
 from stages.fusion.training import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_votes(inputs, seed=0, sharpness=2.0):
@@ -32,7 +26,7 @@ def make_votes(inputs, seed=0, sharpness=2.0):
 
 
 def start_of(inputs, p):
-    return train(inputs, p, np.tile(inputs.labels, (len(p.seeds), 1)), "test")
+    return train(inputs, p, tiled(inputs, p), "test")
 
 
 # ---------------------------------------------------------------- choosing
