@@ -3,8 +3,7 @@
     python -m benchmarks.estimate
 
 Operations are counted on the models' real shapes (no weights, no memory). A device's speed is its nominal bfloat16 rate
-times the share that benchmarks.encoders asks for as its target, so these are estimates until benchmarks.encoders has run on the device.
-What the CPU does per frame is measured here, on one core, on a drawn 960 x 720 clip. Corpora bring transcripts, and
+times the share that is the target of benchmarks.encoders: an estimate until that has run on the device. What the CPU does per frame is measured here, on one core, on a drawn 960 x 720 clip. Corpora bring transcripts, and
 rankings wait for a server, so neither is in the sum.
 """
 
@@ -106,7 +105,8 @@ def main() -> None:
     units, (per_frame, per_clip) = per_unit(), media_seconds()
     print("; ".join(f"{name} {value / 1e9:,.0f}" for name, value in units.items())
           + f" billion operations per second of audio, image, {TOKENS} tokens")
-    print(f"one core: {1e3 * per_frame:.0f} ms per frame searched for a face, {1e3 * per_clip:.0f} ms per clip sampled\n")
+    print(f"one core: {1e3 * per_frame:.0f} ms per frame searched for a face, "
+          f"{1e3 * per_clip:.0f} ms per clip sampled\n")
     images = FPS * SECONDS * CLIPS
     prompted = units["clip"] * PROMPTED * FRAMES
     work = {
