@@ -84,7 +84,7 @@ def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tupl
     inner("manifest: write")
     inner("manifest: read")
     step("split_folds", "python", "-m", "stages.split_folds")
-    make_stores(repository, size)
+    make_stores(repository)
     inner("plan: 99 % done")
     inner("plan: all done")
     inner("stores: read")
@@ -267,7 +267,7 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     (folder / "models/emovclip/curves.csv").write_text("fold,epoch,train_loss\n0,0,1.0\n")
 
 
-def make_stores(folder: Path, size: int) -> None:
+def make_stores(folder: Path) -> None:
     """Media stores with next to nothing per clip, and features; those of PLANNED by the engine, so as parts too."""
     clip_ids = [clip.clip_id for clip in read_manifest(folder / "data/manifest.csv")]
     rng = np.random.default_rng(0)

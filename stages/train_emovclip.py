@@ -93,7 +93,6 @@ def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[li
 
 def train_all(p: Params, device: str) -> list[list[float]]:
     """Every fold's prompts into OUT; returns the rows of curves.csv."""
-    import torch
     from open_clip import get_tokenizer
     from safetensors.torch import save
 
@@ -141,7 +140,6 @@ def train_all(p: Params, device: str) -> list[list[float]]:
             with replacing(OUT / f"{part}.safetensors", "wb") as file:
                 tensors = {n: t.detach().cpu().contiguous() for n, t in clip.prompts.named_parameters()}
                 file.write(save(tensors))
-    torch.cuda.empty_cache()
     shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
     return rows
 
