@@ -29,7 +29,8 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from stages.corpus.manifest import Clip, read_manifest, write_manifest, write_rows
-from stages.extraction import PARTS, Input, Stage, extract
+from stages.extraction import Input, Stage, extract
+from stages.fingerprint import PARTS
 from stages.params import load
 from stages.store import Row, Store, write_index, write_shard
 

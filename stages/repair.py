@@ -19,7 +19,8 @@ from pathlib import Path
 
 from stages.dvc_cache import cache_folder, cached
 from stages.errors import PipelineError, run_stage
-from stages.extraction import PARTS, part_fingerprint
+from stages.extraction import part_fingerprint
+from stages.fingerprint import PARTS
 from stages.params import read_yaml
 from stages.store import INDEX, check_shard
 

@@ -17,9 +17,8 @@ import numpy as np
 from stages.corpus.manifest import read_folds, read_manifest, write_rows
 from stages.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
 from stages.errors import PipelineError, run_stage
-from stages.extraction import PARTS
 from stages.files import empty_folder, replacing
-from stages.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
 from stages.params import Params, load
 from stages.store import Store
 
