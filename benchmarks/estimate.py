@@ -4,8 +4,8 @@
 
 Operations are counted on the models' real shapes (no weights, no memory). A device's speed is its nominal bfloat16 rate
 times the share that is the target of benchmarks.encoders: an estimate until that has run on the device. What the CPU
-does per frame is measured here, on one core, on a drawn 960 x 720 clip. Corpora bring transcripts, and rankings wait for
-a server, so neither is in the sum.
+does per frame is measured here, on one core, on a drawn 960 x 720 clip. Corpora bring transcripts, and rankings wait
+for a server, so neither is in the sum.
 """
 
 import math

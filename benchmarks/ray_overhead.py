@@ -24,7 +24,8 @@ from benchmarks.encoders import LAYERS, write_audio
 from stages.devices import stage_devices
 from stages.encoders import hubert
 from stages.encoding import Encode, StoreReader, pooled_row, store_inputs
-from stages.extraction import PARTS, Stage, extract
+from stages.extraction import Stage, extract
+from stages.fingerprint import PARTS
 from stages.params import Params, load
 
 ROOT = Path(__file__).parent.parent

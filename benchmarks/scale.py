@@ -29,7 +29,8 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from stages.corpus.manifest import Clip, read_manifest, write_manifest, write_rows
-from stages.extraction import PARTS, Input, Stage, extract
+from stages.extraction import Input, Stage, extract
+from stages.fingerprint import PARTS
 from stages.params import load
 from stages.store import Row, Store, write_index, write_shard
 
@@ -84,7 +85,7 @@ def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tupl
     inner("manifest: write")
     inner("manifest: read")
     step("split_folds", "python", "-m", "stages.split_folds")
-    make_stores(repository, size)
+    make_stores(repository)
     inner("plan: 99 % done")
     inner("plan: all done")
     inner("stores: read")
@@ -267,7 +268,7 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     (folder / "models/emovclip/curves.csv").write_text("fold,epoch,train_loss\n0,0,1.0\n")
 
 
-def make_stores(folder: Path, size: int) -> None:
+def make_stores(folder: Path) -> None:
     """Media stores with next to nothing per clip, and features; those of PLANNED by the engine, so as parts too."""
     clip_ids = [clip.clip_id for clip in read_manifest(folder / "data/manifest.csv")]
     rng = np.random.default_rng(0)

@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+from stages.decoding import extract_media
 from stages.errors import run_stage
 from stages.media import centerface, openface
 from stages.params import Faces, load
 from stages.store import Row
-from stages.workers import extract_media
 
 
 def faces_row(clip_id: str, path: str, faces: Faces, time_limit: float) -> Row:

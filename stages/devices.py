@@ -66,7 +66,7 @@ def set_threads(narrow: bool) -> None:
 def lanes(count: int) -> Iterator[Executor]:
     """`count` threads for work on a CPU that need not meet, torch's own threads shared out among them.
 
-    Threads inside an operation wait for one another after each; lanes don't (benchmarks/README.md has the gain).
+    Threads inside an operation wait for one another after each; lanes don't.
     """
     import torch
 

@@ -20,7 +20,7 @@ from stages.store import Row, Store, feature_row
 
 T = TypeVar("T")
 Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
-WINDOW_BYTES = 128 << 20  # prepared inputs that are sorted and batched together; fixed, so that batches are too
+WINDOW_BYTES = 128 << 20  # prepared inputs that are sorted and batched together; fixed: timing changes no batch
 AHEAD_BYTES = 128 << 20  # prepared inputs that wait while the device computes
 BATCHES_PER_LANE = 4  # of a CPU, so that its cores end together though batches differ
 
@@ -145,22 +145,27 @@ class Encode:
 
     def _lane_count(self, todo: Sequence[Batch]) -> int:
         """How many batches are computed side by side: no more than there are, and than memory has room for."""
-        largest = max((sum(self._encoder.size(prepared) for _, prepared in batch) for batch in todo), default=1)
-        room = free_bytes("cpu") // (largest * self._encoder.unit_bytes) if self._lanes > 1 else 1
+        if self._lanes == 1 or len(todo) < 2:
+            return 1
+        largest = max(self._units([prepared for _, prepared in batch]) for batch in todo)
+        room = free_bytes("cpu") // (largest * self._encoder.unit_bytes)
         return max(1, min(self._lanes, len(todo), room))
+
+    def _units(self, batch: Sequence[np.ndarray]) -> int:
+        """What a batch takes, padding included."""
+        sizes = [self._encoder.size(prepared) for prepared in batch]
+        return len(sizes) * max(sizes) if self._encoder.padded else sum(sizes)
 
     def _halve_budget(self, first_clip: str, batch: list[np.ndarray]) -> None:
         """Smaller batches from now on. PipelineError where one clip, or one image, is already too much."""
         import torch
 
-        encoder = self._encoder
-        sizes = [encoder.size(prepared) for prepared in batch]
-        if len(batch) == 1 and (encoder.padded or sizes == [1]):
+        encoder, units = self._encoder, self._units(batch)
+        if len(batch) == 1 and (encoder.padded or units == 1):
             raise PipelineError(
-                f"clip {first_clip}: the device's memory is too small for {sizes[0]} samples, tokens or images at "
+                f"clip {first_clip}: the device's memory is too small for {units} samples, tokens or images at "
                 f"once; use a half-precision dtype, or runtime.device: cpu"
             )
-        units = len(sizes) * max(sizes) if encoder.padded else sum(sizes)
         self._budget = min(self._budget, units * encoder.unit_bytes) // 2
         torch.cuda.empty_cache()
 
@@ -249,6 +254,11 @@ class StoreReader:
         store = self._store = self._store or Store(self.folder)
         value = store.read(clip_id)
         return (value, int(store.attrs["sample_rate"])) if store.kind == "audio" else value
+
+
+def identity(item: Any) -> Any:
+    """Reads what is an encoder's input already."""
+    return item
 
 
 def store_inputs(folder: str) -> list[Input]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from stages.corpus.manifest import read_manifest, read_transcripts
 from stages.devices import stage_devices
-from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
+from stages.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Input, Stage, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
@@ -57,10 +57,6 @@ def text_inputs(source: str) -> list[Input]:
         digest = hashlib.blake2b(json.dumps(item, sort_keys=True).encode(), digest_size=16).digest()
         inputs.append(Input(clip.clip_id, item, digest))
     return inputs
-
-
-def identity(item: Any) -> Any:
-    return item
 
 
 def main() -> None:

@@ -7,12 +7,13 @@ store, features/emovclip/ itself. A clip's feature is the mean of its frames' fe
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from stages.devices import stage_devices
-from stages.encoding import Encode, Encoder, StoreReader, pooled_row, store_inputs
+from stages.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
 from stages.errors import PipelineError, run_stage
 from stages.extraction import Stage, extract
 from stages.files import empty_folder
@@ -35,16 +36,18 @@ class FromClipId:
         self.size, self.encode, self.concurrent = encoder.size, encoder.encode, encoder.concurrent
         self._prepare, self._read, self._kept = encoder.prepare, read, kept
         self._room = KEPT_BYTES - sum(prepared.nbytes for prepared in kept.values())
+        self._lock = Lock()
 
     def prepare(self, clip_id: str) -> np.ndarray:
         """The clip's frames as the encoder takes them. Skip where it can't use them. Thread-safe."""
-        if clip_id not in self._kept:
-            prepared = self._prepare(self._read(clip_id))
-            self._room -= prepared.nbytes
-            if self._room < 0:
-                return prepared
-            self._kept[clip_id] = prepared
-        return self._kept[clip_id]
+        if clip_id in self._kept:
+            return self._kept[clip_id]
+        prepared = self._prepare(self._read(clip_id))
+        with self._lock:
+            if prepared.nbytes <= self._room:
+                self._room -= prepared.nbytes
+                self._kept[clip_id] = prepared
+        return prepared
 
 
 def make_encoder(device: str, kept: dict[str, np.ndarray], **config: Any) -> Encoder:
@@ -52,10 +55,6 @@ def make_encoder(device: str, kept: dict[str, np.ndarray], **config: Any) -> Enc
     from stages.encoders import emovclip
 
     return FromClipId(emovclip.Encoder(emovclip.Config(**config), device), StoreReader("data/frames"), kept)
-
-
-def clip_itself(clip_id: str) -> str:
-    return clip_id
 
 
 def main() -> None:
@@ -72,7 +71,7 @@ def main() -> None:
         config: dict[str, Any] = {"checkpoint": e.checkpoint, "revision": e.revision, "dtype": e.dtype}
         work = Encode(
             partial(make_encoder, kept=kept, **config, prompts=str(prompts)),
-            clip_itself,
+            identity,
             partial(pooled_row, keep_frames=e.keep_frames, variance=False),
             p.runtime,
         )

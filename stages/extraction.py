@@ -6,7 +6,7 @@ not at all; existence means done. So a run that is killed loses at most one shar
 parameter finds the old shards, and a stale shard can't be picked up: the fingerprint covers the stage's
 tracked params, the bytes of its declared code and its checkpoint, the file name the clips' inputs.
 
-There are two kinds of Work: stages/workers.py (media: one function per clip in worker processes that may crash
+There are two kinds of Work: stages/decoding.py (media: one function per clip in worker processes that may crash
 or hang) and stages/encoding.py (an encoder on one device). With several devices each has its own process, and
 all take shards from one queue; with runtime.executor: ray the nodes of a cluster do (stages/ray_executor.py).
 """
@@ -31,10 +31,10 @@ from stages.corpus.manifest import write_rows
 from stages.devices import pick_workers
 from stages.errors import PipelineError
 from stages.files import empty_folder, replacing
+from stages.fingerprint import PARTS
 from stages.params import Params
 from stages.store import Row, read_head, write_index, write_shard
 
-PARTS = Path(".cache/parts")
 REASONS_SHOWN = 10
 POLL_SECONDS = 0.5
 

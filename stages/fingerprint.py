@@ -10,6 +10,8 @@ from typing import Any
 from stages.errors import PipelineError
 from stages.params import read_yaml
 
+PARTS = Path(".cache/parts")  # work in progress, of every stage in <stage>/<fingerprint>/: outside DVC's outs
+
 
 def stage_fingerprint(stage: str, extra: bytes = b"") -> str:
     """Hash of what dvc.yaml declares for the stage: its tracked params and the bytes of its .py deps; and `extra`.

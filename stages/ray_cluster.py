@@ -27,7 +27,6 @@ PACKAGES = ("ray", "torch", "torchvision", "transformers", "open_clip_torch", "s
             "soxr", "opencv-python-headless", "onnxruntime", "pebble", "pydantic")
 
 
-
 @contextmanager
 def connection(address: str) -> Iterator[Any]:
     """The ray module, connected to the cluster at the address. Raises PipelineError where there is none."""

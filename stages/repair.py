@@ -11,14 +11,16 @@ stage, which makes the missing parts.
 
 import hashlib
 import json
+import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.dvc_cache import cache_folder, cached
 from stages.errors import PipelineError, run_stage
-from stages.extraction import PARTS, part_fingerprint
+from stages.extraction import part_fingerprint
+from stages.fingerprint import PARTS
 from stages.params import read_yaml
 from stages.store import INDEX, check_shard
 
@@ -33,13 +35,13 @@ def outs_around(folder: Path) -> list[tuple[str, str, str]]:
 def cached_files(folder: Path, cache: Path) -> Iterator[Path]:
     """Where DVC's cache keeps the files of the folder, and the listing that names them."""
     for _, path, md5 in outs_around(folder):
-        listing = _object(cache, md5)
+        listing = cached(cache, md5)
         yield listing
         if not listing.exists() or is_damaged(listing):
             continue
         for entry in json.loads(listing.read_text()):
             if Path(path, entry["relpath"]).is_relative_to(folder):
-                yield _object(cache, entry["md5"])
+                yield cached(cache, entry["md5"])
 
 
 def damaged_parts(folder: Path) -> Iterator[Path]:
@@ -50,10 +52,6 @@ def damaged_parts(folder: Path) -> Iterator[Path]:
                 check_shard(part, part_fingerprint(part.parent.name, part))
             except PipelineError:
                 yield part
-
-
-def _object(cache: Path, md5: str) -> Path:
-    return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def is_damaged(path: Path) -> bool:
@@ -75,11 +73,10 @@ def forget(folder: Path, cache: Path) -> list[Path]:
 
 
 def main() -> None:
-    folder = Path(*sys.argv[1:])
+    folder = Path(os.path.relpath(Path(*sys.argv[1:])))  # as dvc.lock names it
     if not outs_around(folder) and not (folder / INDEX).exists():
         raise PipelineError(f"{folder}: expected a store's folder as params and messages name it, such as data/audio")
-    cache = subprocess.run(["dvc", "cache", "dir"], text=True, capture_output=True, check=True).stdout.strip()
-    damaged = forget(folder, Path(cache))
+    damaged = forget(folder, cache_folder())
     print(f"repair: removed {folder} and {len(damaged)} damaged files of DVC's cache and .cache/parts; "
           f"now run dvc repro")
 

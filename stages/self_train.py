@@ -7,9 +7,8 @@ from pathlib import Path
 
 from stages.devices import pick_device, set_threads
 from stages.errors import PipelineError, run_stage
-from stages.extraction import PARTS
 from stages.files import replacing
-from stages.fingerprint import stage_fingerprint
+from stages.fingerprint import PARTS, stage_fingerprint
 from stages.params import load_fusion
 
 READ = ("data/manifest.csv", "data/folds.csv", "data/modalities.json", "models/fusion/ensemble.safetensors",

@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+from stages.decoding import extract_media
 from stages.errors import run_stage
 from stages.media.frames import sample_frames
 from stages.params import load
 from stages.store import Row
-from stages.workers import extract_media
 
 
 def frames_row(clip_id: str, path: str, per_clip: int | None, short_side: int, quality: int) -> Row:

@@ -17,9 +17,8 @@ import numpy as np
 from stages.corpus.manifest import read_folds, read_manifest, write_rows
 from stages.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
 from stages.errors import PipelineError, run_stage
-from stages.extraction import PARTS
 from stages.files import empty_folder, replacing
-from stages.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
 from stages.params import Params, load
 from stages.store import Store
 
@@ -93,7 +92,6 @@ def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[li
 
 def train_all(p: Params, device: str) -> list[list[float]]:
     """Every fold's prompts into OUT; returns the rows of curves.csv."""
-    import torch
     from open_clip import get_tokenizer
     from safetensors.torch import save
 
@@ -141,7 +139,6 @@ def train_all(p: Params, device: str) -> list[list[float]]:
             with replacing(OUT / f"{part}.safetensors", "wb") as file:
                 tensors = {n: t.detach().cpu().contiguous() for n, t in clip.prompts.named_parameters()}
                 file.write(save(tensors))
-    torch.cuda.empty_cache()
     shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
     return rows
 

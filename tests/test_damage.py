@@ -190,3 +190,13 @@ def test_repair_removes_nothing_but_stores(extracted: Path, monkeypatch: pytest.
         with pytest.raises(PipelineError, match="expected a store's folder"):
             repair.main()
     assert Path("stages/store.py").exists() and Path("data/audio", SHARD).exists()
+
+
+def test_an_absolute_path_is_the_folder_that_dvc_knows(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nothing in DVC's cache would be looked at, and the damaged file come back."""
+    monkeypatch.chdir(extracted)
+    asked: list[Path] = []
+    monkeypatch.setattr(repair, "forget", lambda folder, cache: asked.append(folder) or [])
+    monkeypatch.setattr(sys, "argv", ["repair", str(extracted / "data/audio")])
+    repair.main()
+    assert asked == [Path("data/audio")]

@@ -51,8 +51,8 @@ def test_every_stage_has_a_module_and_a_description() -> None:
 
 
 def test_modules_directly_in_stages_are_stages_or_the_named_libraries() -> None:
-    engine = {"extraction", "workers", "encoding", "devices", "fingerprint", "ray_executor", "ray_cluster"}
-    libraries = {"__init__", "errors", "params", "store", "files"} | engine
+    engine = {"extraction", "workers", "decoding", "encoding", "devices", "fingerprint", "ray_executor", "ray_cluster"}
+    libraries = {"__init__", "errors", "params", "store", "files", "dvc_cache"} | engine
     commands = {"predict", "release", "repair"}  # run by hand
     modules = {path.stem for path in (ROOT / "stages").glob("*.py")}
     assert modules - libraries - commands == set(STAGES) - set(ENTRY)

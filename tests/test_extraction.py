@@ -14,13 +14,13 @@ import pytest
 from engine import ROOT, contents, inputs, small_shards, stage
 from ruamel.yaml import YAML
 
+from stages.decoding import PerClip
 from stages.devices import pick_devices
 from stages.errors import PipelineError, Skip
 from stages.extraction import Input, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import Params, load
 from stages.store import Row, Store
-from stages.workers import PerClip
 
 
 @pytest.fixture

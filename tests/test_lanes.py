@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from fusion_data import make_inputs, recipe
+from test_baichuan import SENTENCES
+from test_baichuan import _text_model as make_text_model
 
-from stages import encoding
+from stages import encoding, extract_emovclip
 from stages.corpus.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpus.demo.clip_checkpoint import make_clip
 from stages.corpus.demo.text import sentences
@@ -124,6 +126,57 @@ def test_no_more_lanes_than_memory_has_room_for(tmp_path: Path, monkeypatch: pyt
     crowded.together.abort()
     rows_of(crowded)
     assert crowded.threads == {threading.get_ident()}
+
+
+class Texts:
+    """Stands in for an encoder of texts, of a byte a token; nothing is computed."""
+
+    dimension, unit_bytes, padded, concurrent = 1, 1, True, True
+    encode = None
+
+    def __init__(self, lengths: dict[str, int]):
+        self.lengths = lengths
+
+    def prepare(self, item: str) -> np.ndarray:
+        return np.zeros(self.lengths[item], np.uint8)
+
+    def size(self, prepared: np.ndarray) -> int:
+        return len(prepared)
+
+
+@pytest.mark.parametrize(("room", "count"), [(9, 1), (35, 1), (36, 2), (1000, 3)])
+def test_padding_takes_memory_too(room: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "cores", lambda: 3)
+    monkeypatch.setattr(encoding, "free_bytes", lambda _: room)
+    texts: Any = Texts({})
+    work = Encode(lambda _: texts, str, partial(pooled_row, keep_frames=False, variance=True), RUNTIME)
+    work.open("cpu")
+    batch = [(0, np.zeros(9)), (1, np.zeros(1))]
+    assert work._lane_count([batch] * 3) == count  # 18 tokens a batch, 10 of them real
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_models_of_transformers_keep_threads_apart(kind: str, tmp_path: Path) -> None:
+    """They collect the hidden states of a pass; before transformers 5.2 passes at once got each other's."""
+    make_text_model(tmp_path, kind)
+    config = baichuan.Config(str(tmp_path), None, "float32", [-2, -1], 512)
+    one, several = (baichuan.Encoder(config, "cpu") for _ in range(2))
+    prepared = [one.prepare(text * repeat) for text in SENTENCES for repeat in range(1, 6)]
+    expected = [one.encode([tokens])[0] for tokens in prepared]
+    with lanes(4) as pool:
+        found = list(pool.map(lambda tokens: several.encode([tokens])[0], prepared))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+def test_frames_are_kept_for_the_next_fold_as_far_as_the_room_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract_emovclip, "KEPT_BYTES", 10)
+    lengths = {"a": 6, "too large": 5, "b": 4, "c": 1}
+    texts: Any = Texts(lengths)
+    kept: dict[str, np.ndarray] = {}
+    encoder = extract_emovclip.FromClipId(texts, str, kept)
+    assert [len(encoder.prepare(name)) for name in lengths] == [6, 5, 4, 1]
+    assert list(kept) == ["a", "b"] and encoder.prepare("a") is kept["a"]
 
 
 # ---------------------------------------------------------------- the fusion

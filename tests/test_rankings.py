@@ -18,8 +18,9 @@ from stages import rank_emotions
 from stages.corpus.manifest import write_rows
 from stages.errors import PipelineError
 from stages.params import Params, load
-from stages.rankings import prompt, providers
+from stages.rankings import earlier, prompt, providers
 from stages.rankings.cache import Answer, Cache
+from stages.rankings.earlier import earlier_answers
 
 ROOT = Path(__file__).parents[1]
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
@@ -290,3 +291,19 @@ def test_the_key_comes_from_the_named_variable_only(house: Path, monkeypatch: py
     monkeypatch.setenv("LAB_KEY", "sk-lab\n")
     cache(house).append([Answer("一", LABELS, 1_000_000, 100_000)])
     assert openai(api_key_env="LAB_KEY", max_cost_usd=1.0).budget.spent == pytest.approx(2.5 + 1.0)
+
+
+def test_a_dvc_lock_older_than_a_parameter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    p = params(provider="openai", model="m")
+    asked = p.rankings.model_dump()
+    del asked["batch"]
+    entry = {"params": {"params.yaml": {"rankings": asked, "corpus.labels": LABELS}},
+             "outs": [{"path": earlier.OUT, "md5": "0" * 32}]}
+    Path("dvc.lock").write_text(json.dumps({"stages": {"rank_emotions": entry}}))
+    monkeypatch.setattr(earlier, "cache_folder", lambda: tmp_path)
+    path = tmp_path / "files/md5/00" / ("0" * 30)
+    path.parent.mkdir(parents=True)
+    row = {"transcript": "一", "ranking": LABELS, "input_tokens": 3, "output_tokens": 4}
+    path.write_text(json.dumps(row) + "\n")
+    assert earlier_answers(["一", "二"], p, needed=True) == [Answer("一", LABELS, 3, 4)]

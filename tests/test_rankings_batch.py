@@ -12,6 +12,7 @@ from chat_server import KEY, LABELS, drop, fail, ranking_of, raw, say, serving
 
 from stages.errors import PipelineError
 from stages.rankings import openai_batch
+from stages.rankings.journal import Job, Journal
 
 
 @pytest.fixture
@@ -222,3 +223,21 @@ def test_a_server_without_the_batch_api_is_named(server: BatchServer, tmp_path: 
         ask(server, tmp_path)
 
 
+
+
+def test_a_job_that_another_process_ends_meanwhile_is_under_way_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether batches are under way is looked up without the lock on asking."""
+    journal = Journal(store(tmp_path))
+    for key in ("a", "b"):
+        journal.add(Job("https://there/v1", ["一"], 1.0, key=key), ["{}\n"])
+    read = Path.read_bytes
+
+    def ended_meanwhile(path: Path) -> bytes:
+        if path.stem == "a":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", ended_meanwhile)
+    assert [job.key for job in journal.jobs()] == ["b"]

@@ -68,7 +68,7 @@ class Encoder:
 
         # Group norm averages over time and data2vec's stacked positional convolutions reach into the
         # padding, mask or not: such models only batch clips of one length. On a CPU padding is pure
-        # cost, since a single clip already fills the cores.
+        # cost: clips go one by one, on every core another.
         self.maskable: bool = family != "data2vec-audio" and published.feat_extract_norm == "layer"
         self.batching: Literal["alone", "equal", "padded"] = (
             "alone" if device.startswith("cpu") else "padded" if self.maskable else "equal"

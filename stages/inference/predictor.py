@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stages.devices import pick_device, pick_workers
-from stages.encoding import Encode, pooled_row
+from stages.encoding import Encode, identity, pooled_row
 from stages.errors import PipelineError
-from stages.extract import identity, make_encoder
+from stages.extract import make_encoder
 from stages.extraction import Input
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import Inputs, Modality

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.devices import pick_device
-from stages.encoding import Encode
+from stages.encoding import Encode, identity
 from stages.errors import PipelineError
-from stages.extract import identity
 from stages.extraction import Input
 from stages.inference.decoding import Decoding, media_functions
 from stages.inference.trained import Trained

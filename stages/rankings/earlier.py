@@ -6,11 +6,11 @@ grew asks for its new transcripts only.
 """
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.dvc_cache import cache_folder, cached
 from stages.errors import PipelineError
 from stages.params import Params, read_yaml
 from stages.rankings.cache import Answer
@@ -29,7 +29,7 @@ def earlier_answers(transcripts: Sequence[str], p: Params, needed: bool) -> list
     if not locked or not _asked_the_same(locked, p):
         return []
     md5 = next(out["md5"] for out in locked["outs"] if out["path"] == OUT)
-    path = _cache() / "files" / "md5" / md5[:2] / md5[2:]
+    path = cached(cache_folder(), md5)
     if not path.exists():
         if needed:
             raise PipelineError(
@@ -38,8 +38,8 @@ def earlier_answers(transcripts: Sequence[str], p: Params, needed: bool) -> list
                 f"dvc.lock to ask again"
             )
         return []
-    # the mark halves the price, as the batch did, where the sum that was spent is counted
-    batch = md5 if _params(locked)["rankings"]["batch"] else ""
+    # the mark halves the price, as the batch did, where the sum that was spent is counted; older locks lack the param
+    batch = md5 if _params(locked)["rankings"].get("batch") else ""
     try:
         rows = {row["transcript"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
         return [
@@ -59,7 +59,3 @@ def _asked_the_same(locked: dict[str, Any], p: Params) -> bool:
 
 def _params(locked: dict[str, Any]) -> dict[str, Any]:
     return locked["params"]["params.yaml"]
-
-
-def _cache() -> Path:
-    return Path(subprocess.run(["dvc", "cache", "dir"], text=True, capture_output=True, check=True).stdout.strip())

@@ -51,6 +51,8 @@ class Journal:
         for path in self.folder.glob("*.json"):
             try:
                 found.append(Job(**json.loads(path.read_bytes())))
+            except FileNotFoundError:
+                continue  # the process that holds the lock on asking has just ended this job
             except (ValueError, TypeError):
                 raise PipelineError(
                     f"{path}: damaged; the server lists its batch with the metadata mer_job = {path.stem}; "

@@ -39,8 +39,9 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
                 cache.append(earlier_answers(wanted, p, needed))
                 wanted = unanswered(transcripts, cache.load(transcripts))
             if wanted or under_way(p, cache):
-                make = openai if p.rankings.provider == "openai" else transformers
-                make(p, cache, transcripts).rank(wanted, cache.append)
+                is_openai = p.rankings.provider == "openai"
+                provider = openai(p, cache, transcripts) if is_openai else transformers(p)
+                provider.rank(wanted, cache.append)
         known = cache.load(transcripts)
     return known
 
@@ -94,7 +95,7 @@ def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Bat
     return OpenAI(chat, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
 
 
-def transformers(p: Params, cache: Cache, transcripts: Sequence[str]) -> "Transformers":
+def transformers(p: Params) -> "Transformers":
     """The transformers provider on this machine's device."""
     from stages.rankings.transformers_provider import Transformers
 
