@@ -10,6 +10,7 @@ from pathlib import Path
 from stages.corpus.demo.generate import make_corpus, sentences
 from stages.devices import pick_workers
 from stages.errors import PipelineError, run_stage
+from stages.files import empty_folder
 from stages.params import Params, load
 
 DATA = Path("data/demo")
@@ -56,7 +57,7 @@ def check_corpus(p: Params) -> None:
 def main() -> None:
     p = load()
     for folder in (DATA, MODELS):
-        folder.mkdir(parents=True, exist_ok=True)
+        empty_folder(folder)  # its old files may be links into DVC's cache
     if p.corpus.adapter == "demo":
         make_demo(p)
         return

@@ -41,9 +41,19 @@ def pick_device(device: str) -> str:
     return pick_devices(device)[0]
 
 
+_cores: int | None = None
+
+
 def cores() -> int:
     """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    found = len(os.sched_getaffinity(0))
+    return found if _cores is None else min(found, _cores)
+
+
+def use_cores(count: int) -> None:
+    """Let this process compute on so many cores only: its share of a machine."""
+    global _cores
+    _cores = max(1, count)
 
 
 def pick_workers(runtime: Runtime) -> int:

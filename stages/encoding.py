@@ -22,7 +22,7 @@ T = TypeVar("T")
 Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
 WINDOW_BYTES = 128 << 20  # prepared inputs that are sorted and batched together; fixed: timing changes no batch
 AHEAD_BYTES = 128 << 20  # prepared inputs that wait while the device computes
-BATCHES_PER_LANE = 4  # of a CPU, so that its cores end together though batches differ
+CPU_BATCHES = 8  # of a window, for its cores; a fixed number, so that results do not depend on how many cores there are
 
 
 class Encoder(Protocol):
@@ -59,10 +59,9 @@ class Encode:
 
     def open(self, device: str, workers: int | None = None) -> None:
         self._encoder = self.make(device)
-        set_threads(self._encoder.dimension < NARROW)
         self.attributes = {"dimension": self._encoder.dimension}
         self._budget = batch_bytes(self.runtime, device)
-        self._lanes = cores() if device == "cpu" and self._encoder.concurrent else 1
+        self._concurrent = device == "cpu" and self._encoder.concurrent
         self._threads = workers or pick_workers(self.runtime)
 
     def close(self) -> None:
@@ -107,6 +106,7 @@ class Encode:
 
     def _outputs(self, clips: list[tuple[str, np.ndarray]]) -> list[Any]:
         """The encoder's output for each (clip_id, prepared), in order."""
+        set_threads(self._encoder.dimension < NARROW)  # here, since a process may hold encoders of both kinds
         parts: list[list[Any]] = [[] for _ in clips]
         budget = self._budget
         todo = list(self._batches(clips))
@@ -133,11 +133,11 @@ class Encode:
             return None
 
     def _batches(self, clips: list[tuple[str, np.ndarray]]) -> Iterator[Batch]:
-        """The clips in batches that fit the budget, and on a CPU in enough of them to keep its cores busy."""
+        """The clips in batches that fit the budget, and on a CPU in enough of them to keep cores busy."""
         encoder, budget = self._encoder, self._budget
-        units = sum(encoder.size(prepared) for _, prepared in clips)
-        if self._lanes > 1:
-            budget = min(budget, -(-units * encoder.unit_bytes // (self._lanes * BATCHES_PER_LANE)))
+        if self._concurrent:
+            units = sum(encoder.size(prepared) for _, prepared in clips)
+            budget = min(budget, -(-units * encoder.unit_bytes // CPU_BATCHES))
         if encoder.padded:
             indexed = [(i, prepared) for i, (_, prepared) in enumerate(clips)]
             return batches(indexed, lambda pair: encoder.size(pair[1]), encoder.unit_bytes, budget)
@@ -145,11 +145,11 @@ class Encode:
 
     def _lane_count(self, todo: Sequence[Batch]) -> int:
         """How many batches are computed side by side: no more than there are, and than memory has room for."""
-        if self._lanes == 1 or len(todo) < 2:
+        if not self._concurrent or len(todo) < 2:
             return 1
         largest = max(self._units([prepared for _, prepared in batch]) for batch in todo)
         room = free_bytes("cpu") // (largest * self._encoder.unit_bytes)
-        return max(1, min(self._lanes, len(todo), room))
+        return max(1, min(cores(), len(todo), room))
 
     def _units(self, batch: Sequence[np.ndarray]) -> int:
         """What a batch takes, padding included."""

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 # What the machine, not the program, must put right before the stage can go on
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
-REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
-REMEDIES[errno.EIO] = "check the disk"
+REMEDIES |= {errno.EROFS: "make it writable"}
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
+REMEDIES |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network folder")
+REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
 
 
 class PipelineError(Exception):

@@ -100,7 +100,7 @@ class Rankings(Section):
     provider: Literal["lexicon", "openai", "transformers"]
     model: str
     revision: str | None
-    base_url: str | None
+    base_url: Annotated[str, Field(pattern=r"^https?://[^/@]+(/[^@]*)?$")] | None  # no user:key@, which logs would show
     api_key_env: str
     batch: bool
     prompt_version: Literal["v1"]

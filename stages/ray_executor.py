@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.devices import pick_devices
+from stages.devices import pick_devices, use_cores
 from stages.errors import PipelineError
 from stages.extraction import Shard, Stage, Work, write_shards
 from stages.params import Params
@@ -53,6 +53,7 @@ class _Actor:
         """Yield 0 once the work is open, then the number of clips of each shard once it is written."""
         if not self._open:
             device = pick_devices("cuda")[0] if self._slot.gpus else "cpu"  # Ray shows it no GPUs but its own
+            use_cores(self._slot.cpus)
             self._work.open(device, self._slot.workers)
             self._open = True
         yield 0

@@ -16,8 +16,10 @@ Every dataset carries Fletcher-32 checksums, so a flipped byte is found on read.
 time or order of writing: same content, same bytes.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,6 +316,10 @@ def _open(path: Path) -> _Shard:
         return _Shard(path, attrs, {name: file[name][:] for name in ("clip_id", "present", "reason", "digest")})
 
 
+# What keeps a file from being read without saying anything about the file
+PASSING = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+
+
 class _guard:
     """Turns what h5py raises on a damaged file into one line that names the file and the way out."""
 
@@ -324,6 +330,8 @@ class _guard:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno in PASSING:  # the file may be whole
+            raise OSError(error.errno, os.strerror(error.errno), str(self.path)) from error
         if isinstance(error, (OSError, KeyError, RuntimeError, UnicodeDecodeError)):
             what = " ".join(str(error).split())
             raise PipelineError(f"{self.path}: damaged ({what}); {_rebuild(self.path.parent)}") from error

@@ -201,4 +201,4 @@ def test_without_permission_it_is_one_line(small: tuple[Project, dict[str, Stage
     (project.folder / "data").chmod(0o555)
     code, stderr = run(project, stages["extract_audio"])
     (project.folder / "data").chmod(0o755)
-    assert code == 1 and "Permission denied; make it writable" in one_line(stderr)
+    assert code == 1 and "Permission denied; check its permissions" in one_line(stderr)

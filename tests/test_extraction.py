@@ -1,5 +1,6 @@
 """The extraction engine: resumed equals uninterrupted, a bad clip costs itself alone, stale shards are not reused."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import pytest
 from engine import ROOT, contents, inputs, small_shards, stage
 from ruamel.yaml import YAML
 
+from stages import store
 from stages.decoding import PerClip
 from stages.devices import pick_devices
-from stages.errors import PipelineError, Skip
+from stages.errors import PipelineError, Skip, run_stage
 from stages.extraction import Input, extract
 from stages.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.params import Params, load
@@ -121,6 +123,24 @@ def test_a_part_with_a_damaged_head_is_made_again(p: Params, damage: str, capsys
     assert computed(log) == ["c00", "c01", "c02", "c03"]
     assert contents(Path("out/some_stage")) == whole
     assert "it is made again" in capsys.readouterr().err
+
+
+def test_a_shard_that_can_not_be_read_now_is_kept(
+    p: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(stage(), inputs(8), Words(Path("log")), p, ["cpu"])
+    finished = {path: path.read_bytes() for path in Path(".cache/parts").rglob("*.h5")}
+
+    def no_more_files(*_: Any) -> None:
+        raise OSError(errno.EMFILE, "Unable to synchronously open file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.h5py, "File", no_more_files)
+        with pytest.raises(SystemExit):
+            run_stage(lambda: extract(stage(), inputs(8), Words(Path("log")), p, ["cpu"]))
+    error = capsys.readouterr().err
+    assert ".cache/parts/" in error and "Too many open files; raise the limit of open files" in error
+    assert finished and {path: path.read_bytes() for path in Path(".cache/parts").rglob("*.h5")} == finished
 
 
 def test_without_keep_parts_nothing_is_left_behind(p: Params) -> None:

@@ -115,7 +115,7 @@ def test_batches_side_by_side_equal_one_after_another(
     assert single.threads == {threading.get_ident()}
     for ours, theirs in zip(several, one, strict=True):
         assert ours.clip_id == theirs.clip_id and ours.values.shape == theirs.values.shape
-        assert np.abs(ours.values - theirs.values).max() <= 1e-4 * np.abs(theirs.values).max()
+        assert np.array_equal(ours.values, theirs.values)  # not only near: machines may differ in cores, bytes may not
 
 
 def test_no_more_lanes_than_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
