@@ -26,7 +26,11 @@ CPU_BATCHES = 8  # of a window, for its cores; a fixed number, so that results d
 
 
 class Encoder(Protocol):
-    """What an encoder offers; see stages/encoders/hubert.py for the shortest."""
+    """What an encoder offers; see stages/encoders/hubert.py for the shortest.
+
+    Its module also has a Config, a pydantic dataclass of the keys that a row of `extractors` may have besides encoder,
+    input and keep_frames (checkpoint, revision and dtype among them), and Encoder(config, device).
+    """
 
     dimension: int
     unit_bytes: int  # estimated peak activation bytes per unit of size in a batch

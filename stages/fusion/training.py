@@ -1,4 +1,4 @@
-"""Training [paper 4.1]: all folds and seeds at once, as one batched model.
+"""Training [paper 4.1]: all folds and seeds at once, as one batched model; on a CPU as one such model per core.
 
 Models differ in their weights, their batches and their dropout, and each has its own optimiser state, so every
 one comes out as if it had been trained alone (tests/test_fusion.py holds them equal). Features stay on the device:
@@ -84,6 +84,8 @@ def fit_in_groups(
     count = min(cores(), len(models)) if inputs.device.type == "cpu" else 1
     groups = [[models[i] for i in group] for group in np.array_split(np.arange(len(models)), count)]
     stop = Event()
+    if count == 1:
+        return fit(inputs, recipe, labels, statistics, models, name)
     with lanes(count) as pool:
         tasks = [pool.submit(fit, inputs, recipe, labels, statistics, group, name, group is groups[0], stop)
                  for group in groups]
