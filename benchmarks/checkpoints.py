@@ -6,38 +6,49 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from transformers import HubertConfig
 
 ALPHABET = [chr(code) for code in range(0x4E00, 0x4E00 + 2000)]  # a token each
 
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """Of a Baichuan-like decoder with ALiBi."""
+    """Of a Baichuan-like decoder, with ALiBi or rotary positions."""
 
     layers: int
     width: int
     heads: int
     inner: int
     vocabulary: int = 64000
+    rotary: bool = False
 
 
 BAICHUAN_13B = DecoderSize(40, 5120, 40, 13696)
+BAICHUAN_7B = DecoderSize(32, 4096, 32, 11008, rotary=True)
 SMALL_DECODER = DecoderSize(6, 256, 4, 688)
 WIDER_DECODER = DecoderSize(8, 512, 8, 1376)
 
 
-def make_hubert(folder: Path, large: bool) -> Path:
-    """HuBERT-large (layer norm, as chinese-hubert-large) or -base (group norm)."""
-    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+def hubert_config(large: bool) -> "HubertConfig":
+    """Of HuBERT-large (layer norm, as chinese-hubert-large) or -base (group norm)."""
+    from transformers import HubertConfig
 
-    config = HubertConfig(
+    return HubertConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
         feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
     ) if large else HubertConfig()
-    HubertModel(config).save_pretrained(folder)
+
+
+def make_hubert(folder: Path, large: bool) -> Path:
+    from transformers import HubertModel, Wav2Vec2FeatureExtractor
+
+    HubertModel(hubert_config(large)).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=large).save_pretrained(folder)
     return folder
 
@@ -75,15 +86,21 @@ def make_prompts(folder: Path, checkpoint: Path) -> Path:
     return path
 
 
+def decoder_config(size: DecoderSize) -> dict[str, Any]:
+    """config.json as Baichuan's have it: the 7B's rotary positions show in the key of the longest text."""
+    return {
+        "model_type": "baichuan", "vocab_size": size.vocabulary, "hidden_size": size.width,
+        "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+        "max_position_embeddings" if size.rotary else "model_max_length": 4096, "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+    }
+
+
 def make_decoder(folder: Path, size: DecoderSize, dtype: torch.dtype, device: str) -> Path:
     """A Baichuan folder: config.json, a safetensors file per layer with their index, tokenizer.model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(_tokenizer(ALPHABET))
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "baichuan", "vocab_size": size.vocabulary, "hidden_size": size.width,
-        "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
-        "model_max_length": 4096, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    }))
+    (folder / "config.json").write_text(json.dumps(decoder_config(size)))
 
     def normal(outputs: int, inputs: int) -> torch.Tensor:
         return (torch.randn(outputs, inputs, device=device) / math.sqrt(inputs)).to("cpu", dtype)

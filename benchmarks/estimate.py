@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.checkpoints import BAICHUAN_13B, DecoderSize
+from benchmarks.checkpoints import BAICHUAN_7B, BAICHUAN_13B, decoder_config, hubert_config
+from benchmarks.encoders import LAYERS
 from stages.corpus.demo.portraits import animate
 from stages.corpus.demo.video import write_clip
 from stages.encoders.baichuan import Decoder
@@ -32,7 +33,6 @@ CLIPS, LABELLED, SECONDS, FPS = 120_625, 5030, 4.5, 25  # [shared/design.md, sec
 TOKENS, FRAMES, FOLDS, EPOCHS = 60, 16, 5, 20  # a ranking and a transcript; presets/mer2024.yaml
 PROMPTED = 1 + 4 / 257  # tokens of ViT-L/14 with four prompts
 BACKWARD = 2  # with forward: frozen weights need no gradients of their own, checkpointing a second forward
-BAICHUAN_7B = DecoderSize(32, 4096, 32, 11008)
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,15 @@ def per_unit() -> dict[str, float]:
     """Operations per second of audio, image, and text of TOKENS, counted on the meta device."""
     import open_clip
     from open_clip.model import CLIP
-    from transformers import HubertConfig, HubertModel
+    from transformers import HubertModel
 
     with torch.device("meta"):
-        hubert = HubertModel(HubertConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-            feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True, mask_time_prob=0.0,
-        ))
+        hubert = HubertModel(hubert_config(large=True))
         clip = CLIP(**open_clip.get_model_config("ViT-L-14-quickgelu"))
         found = {"hubert": operations(hubert, lambda m: m(torch.empty(1, 16000 * 4))) / 4,
                  "clip": operations(clip, lambda m: m.encode_image(torch.empty(1, 3, 224, 224)))}
         for name, size in (("13B", BAICHUAN_13B), ("7B", BAICHUAN_7B)):
-            settings = {"num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
-                        "intermediate_size": size.inner, "vocab_size": size.vocabulary, "rms_norm_eps": 1e-6}
-            if name == "7B":
-                settings["max_position_embeddings"] = 4096
-            decoder = Decoder(settings, [-4, -3, -2, -1], name)
+            decoder = Decoder(decoder_config(size), LAYERS, name)
             found[name] = operations(decoder, lambda m: m(torch.zeros(1, TOKENS, dtype=torch.long)))
     return found
 

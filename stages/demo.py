@@ -35,6 +35,7 @@ def make_demo(p: Params) -> None:
 
 
 def make_checkpoints(seed: int) -> None:
+    """The miniatures into MODELS. Imports torch and open_clip, which with a real corpus this stage never needs."""
     from stages.corpus.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
     from stages.corpus.demo.clip_checkpoint import make_clip
 

@@ -12,6 +12,8 @@ NARROW = 256  # features; the smallest published encoders have 512
 CPU_BATCH_BYTES = 54 << 20  # about what its caches hold: 16 images of ViT-B/32, the fastest, as measured
 GPU_BATCH_BYTES = 4 << 30  # fills an H200; more would only put short clips beside long ones
 
+_share: int | None = None  # of the machine's cores, as use_cores set it; None: all that the system allows
+
 
 def pick_devices(device: str) -> list[str]:
     """`auto`: every GPU, or the CPU; `cuda`: every GPU. Raises PipelineError where the GPU asked for is not there."""
@@ -41,19 +43,16 @@ def pick_device(device: str) -> str:
     return pick_devices(device)[0]
 
 
-_cores: int | None = None
-
-
 def cores() -> int:
     """The CPU cores that this process may use."""
     found = len(os.sched_getaffinity(0))
-    return found if _cores is None else min(found, _cores)
+    return found if _share is None else min(found, _share)
 
 
 def use_cores(count: int) -> None:
     """Let this process compute on so many cores only: its share of a machine."""
-    global _cores
-    _cores = max(1, count)
+    global _share
+    _share = max(1, count)
 
 
 def pick_workers(runtime: Runtime) -> int:

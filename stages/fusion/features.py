@@ -44,7 +44,7 @@ class Modality:
         return self.matrix.shape[-1]
 
 
-NARROW_INPUT = 2048  # features in all, below which a second CPU thread costs the training more than it brings
+NARROW_INPUT = 2048  # features in all, below which a second thread in an operation costs more than it brings
 
 
 @dataclass(frozen=True)
