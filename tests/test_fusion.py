@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 from stages.fusion import ensemble as ensemble_module
+from stages.fusion import training
 from stages.fusion.features import fold_statistics
 from stages.fusion.masks import DROPOUT, INITIAL, ORDER, RandomBits, keep_modalities, stream, threshold
 from stages.fusion.model import Architecture, initial_parameters
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---------------------------------------------------------------- all at once = each alone
 
 
-def test_all_at_once_equals_each_alone():
+def test_all_at_once_equals_each_alone(monkeypatch):
+    monkeypatch.setattr(training, "cores", lambda: 1)  # one batched model
     p = recipe(epochs=4)
     inputs, _ = make_inputs()
     labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)

@@ -182,18 +182,18 @@ def test_frames_are_kept_for_the_next_fold_as_far_as_the_room_goes(monkeypatch: 
 # ---------------------------------------------------------------- the fusion
 
 
-def fitted(groups: int, monkeypatch: pytest.MonkeyPatch) -> training.Fitted:
-    monkeypatch.setattr(training, "cores", lambda: groups)
+def fitted(cores: int, monkeypatch: pytest.MonkeyPatch) -> training.Fitted:
+    monkeypatch.setattr(training, "cores", lambda: cores)
     p = recipe(epochs=4)
     inputs, _ = make_inputs()  # folds of unequal size
     labels = np.tile(inputs.labels, (len(p.seeds), 1))
     models = list(np.ndindex(len(p.seeds), inputs.fold_count))
-    return training.fit_in_groups(inputs, p, labels, fold_statistics(inputs, True), models, "test")
+    return training.fit(inputs, p, labels, fold_statistics(inputs, True), models, "test")
 
 
-@pytest.mark.parametrize("groups", [2, 4, 100])
-def test_groups_of_models_train_as_all_at_once(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    several, one = fitted(groups, monkeypatch), fitted(1, monkeypatch)
+@pytest.mark.parametrize("cores", [2, 4, 100])  # of six models: two groups, six that take turns, six
+def test_groups_of_models_train_as_all_at_once(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    several, one = fitted(cores, monkeypatch), fitted(1, monkeypatch)
     for field in ("parameters", "best", "last", "curves"):
         torch.testing.assert_close(getattr(several, field), getattr(one, field), rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Training [paper 4.1]: all folds and seeds at once, as one batched model; on a CPU as one such model per core.
+"""Training [paper 4.1]: all folds and seeds at once, as one batched model; on a CPU as several, side by side.
 
 Models differ in their weights, their batches and their dropout, and each has its own optimiser state, so every
 one comes out as if it had been trained alone (tests/test_fusion.py holds them equal). Features stay on the device:
@@ -8,8 +8,9 @@ Per model the epoch with the best validation WAF is kept; ties go to the earlier
 host, and so nothing waits for a GPU, before training ends.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, fields
 from threading import Event
 
@@ -37,7 +38,7 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outp
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
     statistics = fold_statistics(inputs, recipe.standardize)
-    fitted = fit_in_groups(inputs, recipe, labels, statistics, models, name)
+    fitted = fit(inputs, recipe, labels, statistics, models, name)
     ensemble = Ensemble(
         architecture_of(inputs, recipe),
         inputs.label_names,
@@ -72,32 +73,6 @@ class Fitted:
     curves: Tensor  # (M, epochs, 3): train_loss, valid_loss, valid_waf in percent
 
 
-def fit_in_groups(
-    inputs: Inputs,
-    recipe: Fusion,
-    labels: np.ndarray,
-    statistics: Statistics,
-    models: Sequence[tuple[int, int]],
-    name: str,
-) -> Fitted:
-    """What `fit` gives, on a CPU with the models dealt out to its cores: models never meet."""
-    count = min(cores(), len(models)) if inputs.device.type == "cpu" else 1
-    groups = [[models[i] for i in group] for group in np.array_split(np.arange(len(models)), count)]
-    stop = Event()
-    if count == 1:
-        return fit(inputs, recipe, labels, statistics, models, name)
-    with lanes(count) as pool:
-        tasks = [pool.submit(fit, inputs, recipe, labels, statistics, group, name, group is groups[0], stop)
-                 for group in groups]
-        try:
-            for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
-                task.result()
-        except BaseException:  # Ctrl-C too: the groups that go on would hold up the end
-            stop.set()
-            raise
-    return Fitted(*(torch.cat([getattr(task.result(), field.name) for task in tasks]) for field in fields(Fitted)))
-
-
 def fit(
     inputs: Inputs,
     recipe: Fusion,
@@ -105,59 +80,114 @@ def fit(
     statistics: Statistics,
     models: Sequence[tuple[int, int]],
     name: str,
-    shown: bool = True,
-    stop: Event | None = None,
 ) -> Fitted:
-    """Train the models (position of the seed, fold) all at once. shown: with a progress bar. stop: once it is set,
-    the next epoch raises CancelledError.
+    """Train the models (position of the seed, fold): on a GPU all at once, on a CPU in groups side by side, since
+    models never meet.
+
+    Where the cores can't share the models evenly there are more groups than cores, and they take turns, epoch by
+    epoch: five models keep two cores busy to the end.
+    """
+    count = min(cores(), len(models)) if inputs.device.type == "cpu" else 1
+    groups = count if len(models) % count == 0 else min(len(models), 2 * count - 1)
+    trainings = [Training(inputs, recipe, labels, statistics, [models[i] for i in group])
+                 for group in np.array_split(np.arange(len(models)), groups)]
+    waiting, stop = deque(trainings), Event()
+
+    def work() -> None:
+        while waiting and not stop.is_set():
+            try:
+                training = waiting.popleft()
+            except IndexError:  # another core was faster
+                return
+            training.run_epoch()
+            if training is trainings[0]:
+                bar.update()
+            if training.epoch < recipe.epochs:
+                waiting.append(training)
+
+    with tqdm(total=recipe.epochs, desc=name, unit="epoch", mininterval=1, leave=False) as bar:
+        if count == 1:
+            work()
+        else:
+            with lanes(count) as pool:
+                tasks = [pool.submit(work) for _ in range(count)]
+                try:
+                    for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+                        task.result()
+                finally:  # after an error, or Ctrl-C, the others need not go on
+                    stop.set()
+    done = [training.fitted() for training in trainings]
+    return Fitted(*(torch.cat([getattr(part, field.name) for part in done]) for field in fields(Fitted)))
+
+
+class Training:
+    """Models (position of the seed, fold) that are trained as one batched model, epoch by epoch.
 
     A model learns from every clip with a label (S, N) that is not in its fold, and is validated on its fold. A
     pseudo-labelled clip is in no fold: it is learned from, never validated on.
     """
-    device, architecture = inputs.device, architecture_of(inputs, recipe)
-    seeds = [_word(stream(recipe.seeds[s], fold, 0, INITIAL)) for s, fold in models]
-    flat = initial_parameters(architecture, seeds).to(device)
-    gradient = torch.zeros_like(flat)
-    parameters, gradients = architecture.views(flat), architecture.views(gradient)
-    rows = [row.detach().requires_grad_() for row in flat]  # an optimiser entry per model: each steps or skips alone
-    adam = torch.optim.Adam(rows, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-    feed = Feed(inputs, recipe, statistics, [fold for _, fold in models])
 
-    classes = torch.from_numpy(labels[[s for s, _ in models]]).to(device)  # (M, N)
-    training_rows = [np.flatnonzero((labels[s] >= 0) & (inputs.folds != fold)) for s, fold in models]
-    longest = int(np.bincount(inputs.folds[inputs.folds >= 0]).max())
-    valid, valid_weights = _padded([np.flatnonzero(inputs.folds == fold) for _, fold in models], longest, device)
-    valid_classes = classes.gather(1, valid)
-    best, best_waf = flat.clone(), torch.full((len(models),), -1.0, device=device)
-    best_softmax = torch.zeros(*valid.shape, architecture.labels, device=device)
-    curves = torch.zeros(len(models), recipe.epochs, 3, device=device)
+    def __init__(
+        self,
+        inputs: Inputs,
+        recipe: Fusion,
+        labels: np.ndarray,
+        statistics: Statistics,
+        models: Sequence[tuple[int, int]],
+    ):
+        device = inputs.device
+        self.recipe, self.models, self.epoch = recipe, models, 0  # epoch: how many have been run
+        self.architecture = architecture_of(inputs, recipe)
+        seeds = [_word(stream(recipe.seeds[s], fold, 0, INITIAL)) for s, fold in models]
+        self.flat = initial_parameters(self.architecture, seeds).to(device)
+        self.gradient = torch.zeros_like(self.flat)
+        self.parameters, self.gradients = map(self.architecture.views, (self.flat, self.gradient))
+        # an optimiser entry per model: each steps or skips alone
+        self.rows = [row.detach().requires_grad_() for row in self.flat]
+        self.adam = torch.optim.Adam(self.rows, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+        self.feed = Feed(inputs, recipe, statistics, [fold for _, fold in models])
 
-    for epoch in tqdm(range(recipe.epochs), desc=name, unit="epoch", mininterval=1, leave=False, disable=not shown):
-        if stop is not None and stop.is_set():
-            raise CancelledError
-        plan, counts, widths = plan_epoch(training_rows, models, recipe, epoch)
-        batches, weights, keys = (torch.from_numpy(array).to(device) for array in plan)
+        self.classes = torch.from_numpy(labels[[s for s, _ in models]]).to(device)  # (M, N)
+        self.training_rows = [np.flatnonzero((labels[s] >= 0) & (inputs.folds != fold)) for s, fold in models]
+        self.sizes = torch.tensor([len(rows) for rows in self.training_rows], device=device)
+        longest = int(np.bincount(inputs.folds[inputs.folds >= 0]).max())
+        folds = [np.flatnonzero(inputs.folds == fold) for _, fold in models]
+        self.valid, self.valid_weights = _padded(folds, longest, device)
+        self.valid_classes = self.classes.gather(1, self.valid)
+        self.best, self.best_waf = self.flat.clone(), torch.full((len(models),), -1.0, device=device)
+        self.softmax = self.best_softmax = torch.zeros(*self.valid.shape, self.architecture.labels, device=device)
+        self.curves = torch.zeros(len(models), recipe.epochs, 3, device=device)
+
+    def run_epoch(self) -> None:
+        """Train every model on its clips once, validate it, and keep it if it is the best so far."""
+        curve = self.curves[:, self.epoch]
+        plan, counts, widths = plan_epoch(self.training_rows, self.models, self.recipe, self.epoch)
+        batches, weights, keys = (torch.from_numpy(array).to(self.flat.device) for array in plan)
         for step, width in enumerate(widths):
             chosen, weight = batches[step, :, :width], weights[step, :, :width]
-            clips, dropout = feed.dropped(chosen, keys[step])
-            actual = classes.gather(1, chosen)
-            losses = backward(parameters, gradients, architecture, clips, dropout, actual, weight)
-            curves[:, epoch, 0] += losses * weight.gt(0).sum(dim=1)
-            for row, slope, count in zip(rows, gradient, counts, strict=True):
+            clips, dropout = self.feed.dropped(chosen, keys[step])
+            actual = self.classes.gather(1, chosen)
+            losses = backward(self.parameters, self.gradients, self.architecture, clips, dropout, actual, weight)
+            curve[:, 0] += losses * weight.gt(0).sum(dim=1)
+            for row, slope, count in zip(self.rows, self.gradient, counts, strict=True):
                 row.grad = slope if step < count else None
-            adam.step()
-        curves[:, epoch, 0] /= torch.tensor([len(r) for r in training_rows], device=device)
+            self.adam.step()
+        curve[:, 0] /= self.sizes
 
-        softmax = evaluate(parameters, architecture, feed, valid, recipe.batch_size)
-        waf = batched_waf(valid_classes, softmax.argmax(dim=-1), valid_weights, architecture.labels)
-        entropy = -softmax.gather(-1, valid_classes[..., None])[..., 0].clamp(min=1e-30).log()
-        curves[:, epoch, 1] = (entropy * valid_weights).sum(dim=1) / valid_weights.sum(dim=1)
-        curves[:, epoch, 2] = waf
-        better = waf > best_waf
-        best_waf = torch.maximum(waf, best_waf)
-        torch.where(better[:, None], flat, best, out=best)
-        best_softmax = torch.where(better[:, None, None], softmax, best_softmax)
-    return Fitted(best.cpu(), best_softmax.cpu(), softmax.cpu(), curves.cpu())
+        self.softmax = evaluate(self.parameters, self.architecture, self.feed, self.valid, self.recipe.batch_size)
+        weights = self.valid_weights
+        waf = batched_waf(self.valid_classes, self.softmax.argmax(dim=-1), weights, self.architecture.labels)
+        entropy = -self.softmax.gather(-1, self.valid_classes[..., None])[..., 0].clamp(min=1e-30).log()
+        curve[:, 1] = (entropy * weights).sum(dim=1) / weights.sum(dim=1)
+        curve[:, 2] = waf
+        better = waf > self.best_waf
+        self.best_waf = torch.maximum(waf, self.best_waf)
+        torch.where(better[:, None], self.flat, self.best, out=self.best)
+        self.best_softmax = torch.where(better[:, None, None], self.softmax, self.best_softmax)
+        self.epoch += 1
+
+    def fitted(self) -> Fitted:
+        return Fitted(self.best.cpu(), self.best_softmax.cpu(), self.softmax.cpu(), self.curves.cpu())
 
 
 def plan_epoch(
