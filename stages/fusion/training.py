@@ -84,11 +84,12 @@ def fit(
     """Train the models (position of the seed, fold): on a GPU all at once, on a CPU in groups side by side, since
     models never meet.
 
-    Where the cores can't share the models evenly there are more groups than cores, and they take turns, epoch by
-    epoch: five models keep two cores busy to the end.
+    Where the cores can't share the models evenly, to a tenth, there are more groups than cores, and they take turns,
+    epoch by epoch: five models keep two cores busy to the end.
     """
     count = min(cores(), len(models)) if inputs.device.type == "cpu" else 1
-    groups = count if len(models) % count == 0 else min(len(models), 2 * count - 1)
+    largest = -(-len(models) // count)
+    groups = count if count * largest <= 1.1 * len(models) else min(len(models), 2 * count - 1)
     trainings = [Training(inputs, recipe, labels, statistics, [models[i] for i in group])
                  for group in np.array_split(np.arange(len(models)), groups)]
     waiting, stop = deque(trainings), Event()
