@@ -37,8 +37,8 @@ def speech(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
 
 
 def randomize(model: torch.nn.Module, scale: float) -> None:
-    """Every weight drawn anew, by a seed for which no two tokens come near a tie (a gap of 0.004 and more in the
-    logits); biases zero, since transformers draws some from the global generator.
+    """Every weight drawn anew, by a seed for which the CTC models' tokens come near no tie (a gap of 0.004 and more in
+    the logits); biases zero, since transformers draws some from the global generator.
     """
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
