@@ -18,10 +18,10 @@ demo: $(READY)
 	@echo "Report: $(CURDIR)/reports/report.html"
 
 tables: $(READY)
-	python -m benchmarks.tables
+	mer tables
 
 release: $(READY)
-	python -m stages.release
+	mer release
 
 test: $(READY)
 	pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -32,13 +32,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import checkpoints
-from stages.devices import pick_device, set_threads
 from stages.encoders import baichuan, clip, emovclip, hubert
 from stages.encoders.checkpoints import DTYPES, Dtype
-from stages.encoding import Encode, Encoder, StoreReader, pooled_row
-from stages.extraction import Input
-from stages.params import Runtime
-from stages.store import Row, write_index, write_shard
+from stages.engine.devices import pick_device, set_threads
+from stages.engine.encoding import Encode, Encoder, StoreReader, pooled_row
+from stages.engine.extraction import Input
+from stages.engine.params import Runtime
+from stages.engine.store import Row, write_index, write_shard
 
 RATE = 24000  # Hz, as extract_audio stores
 SHARD = 64  # clips, as in the presets

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stages.devices import pick_device, set_threads
+from stages.engine.devices import pick_device, set_threads
+from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.features import Inputs, Modality, fold_statistics
 from stages.fusion.self_training import self_train
 from stages.fusion.training import fit, train
-from stages.params import Fusion, SelfTraining
 
 LABELS = ("neutral", "anger", "happiness", "sadness", "worry", "surprise")
 DIMENSIONS = {"hubert": 2048, "clip": 1536, "emovclip": 768, "baichuan": 10240}

@@ -21,12 +21,12 @@ import torch
 
 from benchmarks import checkpoints
 from benchmarks.encoders import LAYERS, write_audio
-from stages.devices import stage_devices
 from stages.encoders import hubert
-from stages.encoding import Encode, StoreReader, pooled_row, store_inputs
-from stages.extraction import Stage, extract
-from stages.fingerprint import PARTS
-from stages.params import Params, load
+from stages.engine.devices import stage_devices
+from stages.engine.encoding import Encode, StoreReader, pooled_row, store_inputs
+from stages.engine.extraction import Stage, extract
+from stages.engine.fingerprint import PARTS
+from stages.engine.params import Params, load
 
 ROOT = Path(__file__).parent.parent
 

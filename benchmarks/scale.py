@@ -28,11 +28,12 @@ import cv2
 import numpy as np
 from ruamel.yaml import YAML
 
-from stages.corpus.manifest import Clip, read_manifest, write_manifest, write_rows
-from stages.extraction import Input, Stage, extract
-from stages.fingerprint import PARTS
-from stages.params import load
-from stages.store import Row, Store, write_index, write_shard
+from stages.engine.extraction import Input, Stage, extract
+from stages.engine.files import write_rows
+from stages.engine.fingerprint import PARTS
+from stages.engine.manifest import Clip, read_manifest, write_manifest
+from stages.engine.params import load
+from stages.engine.store import Row, Store, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "data", "features", "models", "reports", ".dvc/config", ".dvc/.gitignore", ".dvcignore",

@@ -7,11 +7,11 @@ the corpus folder lies where params.yaml says.
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stages.corpus.demo.generate import make_corpus, sentences
-from stages.devices import pick_workers
-from stages.errors import PipelineError, run_stage
-from stages.files import empty_folder
-from stages.params import Params, load
+from stages.corpora.demo.generate import make_corpus, sentences
+from stages.engine.devices import pick_workers
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.files import empty_folder
+from stages.engine.params import Params, load
 
 DATA = Path("data/demo")
 MODELS = Path("models/demo")
@@ -36,8 +36,8 @@ def make_demo(p: Params) -> None:
 
 def make_checkpoints(seed: int) -> None:
     """The miniatures into MODELS. Imports torch and open_clip, which with a real corpus this stage never needs."""
-    from stages.corpus.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
-    from stages.corpus.demo.clip_checkpoint import make_clip
+    from stages.corpora.demo.checkpoints import make_baichuan, make_hubert, make_hubert_base
+    from stages.corpora.demo.clip_checkpoint import make_clip
 
     make_hubert(MODELS / "hubert", seed)
     make_hubert_base(MODELS / "hubert_base", seed)

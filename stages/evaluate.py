@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.devices import pick_device, set_threads
-from stages.errors import run_stage
-from stages.files import replacing
-from stages.params import FusionParams, load_fusion
+from stages.engine.devices import pick_device, set_threads
+from stages.engine.errors import run_stage
+from stages.engine.files import replacing, write_json
+from stages.engine.params import FusionParams, load_fusion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +44,7 @@ def main() -> None:
             table.to_csv(file, index=False, lineterminator="\n")
     with replacing("reports/report.html") as file:
         file.write(render_report(run, p, headline, predictions, robustness))
-    with replacing("reports/metrics.json") as file:
-        file.write(json.dumps(headline, indent=2) + "\n")
+    write_json("reports/metrics.json", headline)
 
 
 def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:

@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.corpus.manifest import read_manifest, read_transcripts
-from stages.devices import stage_devices
-from stages.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
-from stages.errors import PipelineError, run_stage
-from stages.extraction import Input, Stage, extract
-from stages.fingerprint import checkpoint_digest, stage_fingerprint
-from stages.params import Extractor, describe, load
+from stages.engine.devices import stage_devices
+from stages.engine.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.extraction import Input, Stage, extract
+from stages.engine.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.engine.manifest import read_manifest, read_transcripts
+from stages.engine.params import Extractor, describe, load
 
 COMMON = ("checkpoint", "revision", "dtype")  # what every encoder's Config has
 

@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from stages.decoding import extract_media
-from stages.errors import run_stage
+from stages.engine.errors import run_stage
+from stages.engine.params import load
+from stages.engine.per_clip import extract_media
+from stages.engine.store import Row
 from stages.media.audio import load_audio
-from stages.params import load
-from stages.store import Row
 
 
 def audio_row(clip_id: str, path: str, sample_rate: int) -> Row:

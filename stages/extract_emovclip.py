@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from stages.devices import stage_devices
-from stages.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
-from stages.errors import PipelineError, run_stage
-from stages.extraction import Stage, extract
-from stages.files import empty_folder
-from stages.fingerprint import checkpoint_digest, stage_fingerprint
-from stages.params import load
+from stages.engine.devices import stage_devices
+from stages.engine.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.extraction import Stage, extract
+from stages.engine.files import empty_folder
+from stages.engine.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.engine.params import load
 
 PROMPTS = Path("models/emovclip")
 OUT = Path("features/emovclip")

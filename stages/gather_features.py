@@ -4,15 +4,13 @@ It stands between the extractors and the fusion so that a row added to `extracto
 that does not use it: features/ changes, this stage reruns in a second, data/modalities.json stays the same.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from stages.corpus.manifest import write_rows
-from stages.errors import PipelineError, run_stage
-from stages.files import replacing
-from stages.params import load_fusion
-from stages.store import Store
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.files import write_json, write_rows
+from stages.engine.params import load_fusion
+from stages.engine.store import Store
 
 MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_faces": "data/faces"}
 
@@ -59,8 +57,7 @@ def main() -> None:
     p = load_fusion()
     modalities = {name: open_modality(name) for name in p.fusion.modalities}
     described = [describe_modality(name, stores) for name, stores in modalities.items()]
-    with replacing("data/modalities.json") as file:
-        file.write(json.dumps({"modalities": described}, indent=2) + "\n")
+    write_json("data/modalities.json", {"modalities": described})
     write_rows("reports/skipped.csv", ["clip_id", "stage", "present", "reason"], sorted(skipped(modalities)))
 
 

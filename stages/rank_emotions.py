@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stages.corpus.manifest import read_transcripts
-from stages.errors import PipelineError, run_stage
-from stages.files import replacing
-from stages.params import Params, load
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.files import replacing
+from stages.engine.manifest import read_transcripts
+from stages.engine.params import Params, load
 from stages.rankings.cache import FOLDER, Answer
 from stages.rankings.providers import rank
 

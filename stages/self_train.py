@@ -5,11 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from stages.devices import pick_device, set_threads
-from stages.errors import PipelineError, run_stage
-from stages.files import replacing
-from stages.fingerprint import PARTS, stage_fingerprint
-from stages.params import load_fusion
+from stages.engine.devices import pick_device, set_threads
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.files import replacing
+from stages.engine.fingerprint import PARTS, stage_fingerprint
+from stages.engine.params import load_fusion
 
 READ = ("data/manifest.csv", "data/folds.csv", "data/modalities.json", "models/fusion/ensemble.safetensors",
         "models/fusion/predictions.safetensors")  # the features themselves are in modalities.json, as digests

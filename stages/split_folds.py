@@ -2,9 +2,10 @@
 
 from collections import Counter
 
-from stages.corpus.manifest import Clip, read_manifest, write_rows
-from stages.errors import PipelineError, run_stage
-from stages.params import load_fusion
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.files import write_rows
+from stages.engine.manifest import Clip, read_manifest
+from stages.engine.params import load_fusion
 
 
 def split(clips: list[Clip], count: int, seed: int) -> list[int]:

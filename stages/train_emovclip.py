@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.corpus.manifest import read_folds, read_manifest, write_rows
-from stages.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
-from stages.errors import PipelineError, run_stage
-from stages.files import empty_folder, replacing
-from stages.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
-from stages.params import Params, load
-from stages.store import Store
+from stages.engine.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
+from stages.engine.errors import PipelineError, run_stage
+from stages.engine.files import empty_folder, replacing, write_rows
+from stages.engine.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
+from stages.engine.manifest import read_folds, read_manifest
+from stages.engine.params import Params, load
+from stages.engine.store import Store
 
 if TYPE_CHECKING:
     from stages.encoders.clip import Images
@@ -76,7 +76,7 @@ def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[li
     """Train to the last epoch; the curve is [epoch, loss, validation WAF in percent or nan] per epoch."""
     from tqdm import tqdm
 
-    from stages.fusion.metrics import waf
+    from stages.evaluation.metrics import waf
 
     curve = resume(trainer, path)
     classes = len(trainer.token_ids)

@@ -1,12 +1,11 @@
 """Stage train_fusion: the attention fusion on the labelled clips, all folds and seeds at once (round 0)."""
 
-import json
 from pathlib import Path
 
-from stages.devices import pick_device, set_threads
-from stages.errors import run_stage
-from stages.files import replacing
-from stages.params import load_fusion
+from stages.engine.devices import pick_device, set_threads
+from stages.engine.errors import run_stage
+from stages.engine.files import write_json
+from stages.engine.params import load_fusion
 
 
 def main() -> None:
@@ -25,8 +24,7 @@ def main() -> None:
     save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
     figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
     counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.architecture.size}
-    with replacing("reports/fusion.json") as file:
-        file.write(json.dumps({"cv": figures, **counts}, indent=2) + "\n")
+    write_json("reports/fusion.json", {"cv": figures, **counts})
 
 
 if __name__ == "__main__":

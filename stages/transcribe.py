@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.corpus.manifest import read_manifest, write_rows
-from stages.devices import stage_devices
-from stages.encoding import Encode, Encoder, StoreReader
-from stages.errors import run_stage
-from stages.extraction import Input, Stage, extract
-from stages.fingerprint import checkpoint_digest, stage_fingerprint
-from stages.params import Params, load
-from stages.store import Row, Store
+from stages.engine.devices import stage_devices
+from stages.engine.encoding import Encode, Encoder, StoreReader
+from stages.engine.errors import run_stage
+from stages.engine.extraction import Input, Stage, extract
+from stages.engine.files import write_rows
+from stages.engine.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.engine.manifest import read_manifest
+from stages.engine.params import Params, load
+from stages.engine.store import Row, Store
 
 if TYPE_CHECKING:
     from stages.encoders.asr import Config

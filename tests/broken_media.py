@@ -9,8 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from stages.corpus.demo.portraits import faces
-from stages.corpus.demo.video import write_clip
+from stages.corpora.demo.portraits import faces
+from stages.corpora.demo.video import write_clip
 
 RATE = 16000
 CODECS = {

@@ -42,7 +42,7 @@ def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a miniature CLIP, for reading only."""
     import torch
 
-    from stages.corpus.demo.clip_checkpoint import make_clip
+    from stages.corpora.demo.clip_checkpoint import make_clip
 
     torch.set_num_threads(1)  # in a miniature they only wait for one another
     folder = tmp_path_factory.mktemp("checkpoint") / "clip"

@@ -139,7 +139,7 @@ def check_nothing_looks_done_and_is_not(project: Project, stage: Stage, whole: d
     """After a kill: each file of the outs is as in a whole run, and each finished part can be read."""
     from safetensors import safe_open
 
-    from stages.store import check_shard
+    from stages.engine.store import check_shard
 
     for name, content in project.contents(stage.outs).items():
         assert whole.get(name) == content, f"{stage.name}: {name} looks done and is not"

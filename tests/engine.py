@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from stages.extraction import Input, Stage
-from stages.params import Params, load, read_yaml
+from stages.engine.extraction import Input, Stage
+from stages.engine.params import Params, load, read_yaml
 
 ROOT = Path(__file__).parent.parent
 

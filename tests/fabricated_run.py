@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from stages.store import Row, write_index, write_shard
+from stages.engine.store import Row, write_index, write_shard
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 SEEDS, FOLDS, ROUNDS = 2, 5, 3

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from ruamel.yaml import YAML
 
-from stages.corpus.manifest import Clip, write_manifest, write_rows
+from stages.engine.files import write_rows
+from stages.engine.manifest import Clip, write_manifest
+from stages.engine.params import Fusion, SelfTraining
+from stages.engine.store import Row, write_index, write_shard
 from stages.fusion.features import Inputs, Modality
-from stages.params import Fusion, SelfTraining
-from stages.store import Row, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 LABELS = ("neutral", "anger", "happiness", "sadness")

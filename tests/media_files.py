@@ -6,7 +6,7 @@ import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
 
-from stages.corpus.demo.video import write_clip
+from stages.corpora.demo.video import write_clip
 
 
 def write_small_clip(path: Path, seconds: float = 1.0, rate: int = 16000) -> None:

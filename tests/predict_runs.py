@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from yaml_values import set_value
 
-from stages import predict
-from stages.errors import run_stage
+from stages.commands import predict
+from stages.engine.errors import run_stage
 
 Rows = dict[str, dict[str, str]]
 

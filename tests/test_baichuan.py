@@ -16,10 +16,10 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stages.corpus.demo.checkpoints import make_baichuan
+from stages.corpora.demo.checkpoints import make_baichuan
 from stages.encoders import baichuan
 from stages.encoders.baichuan import Config, Encoder, compose, load_decoder
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 SENTENCES = ["今天下午三点开会", "我把书放在桌子上了", "你昨天去哪里了", "窗户外面有一只猫", "太高兴了", "我很担心"]

@@ -12,15 +12,15 @@ import pytest
 from broken_media import make_broken
 from ruamel.yaml import YAML
 
+from stages.engine.params import load
+from stages.engine.store import Store
 from stages.gather_features import MEDIA, skipped
-from stages.params import load
-from stages.store import Store
 
 ROOT = Path(__file__).parent.parent
 CLIP_SECONDS = 30  # what a clip may take; the whole corpus takes about a minute
 WORKER_BYTES = 700 << 20  # a 4K clip's frames, and the libraries
 # RUSAGE_CHILDREN: the largest of the stage's workers
-RUN = ("import importlib, resource; from stages.errors import run_stage\n"
+RUN = ("import importlib, resource; from stages.engine.errors import run_stage\n"
        "if __name__ == '__main__':\n"
        "    run_stage(importlib.import_module('stages.{}').main)\n"
        "    print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)\n")

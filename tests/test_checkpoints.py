@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from stages.corpus.demo.checkpoints import make_baichuan
+from stages.corpora.demo.checkpoints import make_baichuan
 from stages.encoders.baichuan import Config, Encoder
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 
 TEXT = "今天下午三点开会，你昨天去哪里了？"
 

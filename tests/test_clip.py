@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from skimage.data import astronaut
 
-from stages.corpus.demo.clip_checkpoint import make_clip
+from stages.corpora.demo.clip_checkpoint import make_clip
 from stages.encoders import clip
 from stages.encoders.clip import Config, Encoder
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 
 WEIGHTS = "open_clip_model.safetensors"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

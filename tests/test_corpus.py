@@ -10,12 +10,12 @@ import pytest
 from media_files import remux, write_small_clip
 from ruamel.yaml import YAML
 
-from stages.corpus import csv_file, mer2023, mer2024, mer2025
-from stages.corpus.__main__ import ADAPTERS
-from stages.corpus.layout import Entry, known_label
-from stages.corpus.manifest import read_manifest
-from stages.errors import PipelineError
-from stages.params import read_yaml
+from stages.corpora import csv_file, mer2023, mer2024, mer2025
+from stages.corpora.layout import Entry, known_label
+from stages.corpus import ADAPTERS
+from stages.engine.errors import PipelineError
+from stages.engine.manifest import read_manifest
+from stages.engine.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]

@@ -17,8 +17,8 @@ from media_files import write_small_clip
 from ruamel.yaml import YAML
 from test_transcribe import make_ctc
 
-from stages.corpus.demo.checkpoints import make_hubert
-from stages.params import read_yaml
+from stages.corpora.demo.checkpoints import make_hubert
+from stages.engine.params import read_yaml
 
 FAST = ("corpus", "extract_audio", "extract@hubert")  # on small clips, without the demo
 KILLED_FAST = ("extract_audio", "extract@hubert")

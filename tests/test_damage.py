@@ -14,9 +14,9 @@ import pytest
 from media_files import write_small_clip
 from ruamel.yaml import YAML
 
-from stages import repair
-from stages.errors import PipelineError
-from stages.store import INDEX, Row, Store, check_shard, feature_row, write_index, write_shard
+from stages.commands import repair
+from stages.engine.errors import PipelineError
+from stages.engine.store import INDEX, Row, Store, check_shard, feature_row, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 SHARD = "shard-00000.h5"
@@ -189,7 +189,7 @@ def test_repair_removes_nothing_but_stores(extracted: Path, monkeypatch: pytest.
         monkeypatch.setattr(sys, "argv", ["repair", *names])
         with pytest.raises(PipelineError, match="expected a store's folder"):
             repair.main()
-    assert Path("stages/store.py").exists() and Path("data/audio", SHARD).exists()
+    assert Path("stages/engine/store.py").exists() and Path("data/audio", SHARD).exists()
 
 
 def test_an_absolute_path_is_the_folder_that_dvc_knows(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

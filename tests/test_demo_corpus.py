@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from stages.corpus.demo import portraits
-from stages.corpus.demo.generate import LONGEST, SHORTEST, make_corpus, sentences
-from stages.corpus.demo.plan import BROKEN_KINDS, CONFUSED, FIDELITY, SHARES, make_plan, spread
-from stages.errors import PipelineError, Skip
+from stages.corpora.demo import portraits
+from stages.corpora.demo.generate import LONGEST, SHORTEST, make_corpus, sentences
+from stages.corpora.demo.plan import BROKEN_KINDS, CONFUSED, FIDELITY, SHARES, make_plan, spread
+from stages.engine.errors import PipelineError, Skip
 from stages.media.audio import load_audio
 from stages.media.centerface import crop_clip
 from stages.media.frames import sample_frames

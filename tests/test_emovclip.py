@@ -26,7 +26,7 @@ from stages.encoders.emovclip_training import (
     segments,
     training_bytes,
 )
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from test_emovclip import LABELS, SIDE, pictures
 
 from stages import extract_emovclip, train_emovclip
-from stages.corpus.manifest import Clip, write_manifest, write_rows
 from stages.encoders import emovclip
 from stages.encoders.emovclip_training import Trainer
-from stages.errors import PipelineError
-from stages.params import load
-from stages.store import Row, Store, write_index, write_shard
+from stages.engine.errors import PipelineError
+from stages.engine.files import write_rows
+from stages.engine.manifest import Clip, write_manifest
+from stages.engine.params import load
+from stages.engine.store import Row, Store, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from engine import ROOT, contents, inputs, small_shards, stage
 
-from stages import encoding
-from stages.encoding import Ahead, Encode, batches, pooled_row, runs
-from stages.errors import PipelineError, Skip
-from stages.extraction import Input, extract
-from stages.params import Params
-from stages.store import Store
+from stages.engine import encoding
+from stages.engine.encoding import Ahead, Encode, batches, pooled_row, runs
+from stages.engine.errors import PipelineError, Skip
+from stages.engine.extraction import Input, extract
+from stages.engine.params import Params
+from stages.engine.store import Store
 
 UNITS = 20  # that fit into the budget of 1 MB
 PREPARED = 1 << 20  # bytes of a clip of the memory test

@@ -15,7 +15,7 @@ import pytest
 from fusion_data import ROOT, make_inputs, recipe, rounds, write_params, write_run
 
 from stages import evaluate, gather_features, self_train, train_fusion
-from stages.corpus.manifest import write_rows
+from stages.engine.files import write_rows
 from stages.fusion.features import NARROW_INPUT, Modality
 
 STAGES = ("gather_features", "train_fusion", "self_train", "evaluate")

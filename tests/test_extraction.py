@@ -15,14 +15,14 @@ import pytest
 from engine import ROOT, contents, inputs, small_shards, stage
 from ruamel.yaml import YAML
 
-from stages import store
-from stages.decoding import PerClip
-from stages.devices import pick_devices
-from stages.errors import PipelineError, Skip, run_stage
-from stages.extraction import Input, extract
-from stages.fingerprint import checkpoint_digest, stage_fingerprint
-from stages.params import Params, load
-from stages.store import Row, Store
+from stages.engine import store
+from stages.engine.devices import pick_devices
+from stages.engine.errors import PipelineError, Skip, run_stage
+from stages.engine.extraction import Input, extract
+from stages.engine.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.engine.params import Params, load
+from stages.engine.per_clip import PerClip
+from stages.engine.store import Row, Store
 
 
 @pytest.fixture

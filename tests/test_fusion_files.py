@@ -13,13 +13,13 @@ from fusion_data import LABELS, make_inputs, raw_features, recipe, rounds, tiled
 from safetensors.torch import load_file
 
 from stages import train_fusion
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
+from stages.engine.store import Store
 from stages.fusion import ensemble as ensemble_module
 from stages.fusion import features
 from stages.fusion.ensemble import load_ensemble, load_outputs
 from stages.fusion.features import load_inputs
 from stages.fusion.training import train
-from stages.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

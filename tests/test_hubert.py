@@ -18,9 +18,9 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stages.corpus.demo.checkpoints import make_hubert, make_hubert_base
+from stages.corpora.demo.checkpoints import make_hubert, make_hubert_base
 from stages.encoders.hubert import Config, Encoder
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 
 RATE = 16000
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from test_pipeline import Repository, new_repository
 
-from stages.corpus import import_features as importing
-from stages.corpus.import_features import STAGES, Request, import_features, make_pipeline
-from stages.corpus.manifest import read_manifest
-from stages.corpus.npy import NOTHING
-from stages.errors import PipelineError
-from stages.params import load_fusion, read_yaml
-from stages.store import Store
+from stages.commands import import_features as importing
+from stages.commands.import_features import STAGES, Request, import_features, make_pipeline
+from stages.commands.npy import NOTHING
+from stages.engine.errors import PipelineError
+from stages.engine.manifest import read_manifest
+from stages.engine.params import load_fusion, read_yaml
+from stages.engine.store import Store
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["angry", "happy", "neutral", "sad"]
@@ -62,7 +62,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 
 def run_import(repository: Repository) -> str:
-    return repository.run("python", "-m", "stages.corpus.import_features", "iemocap", "voice=mine/voice-UTT",
+    return repository.run("python", "-m", "stages.commands.import_features", "iemocap", "voice=mine/voice-UTT",
                           "face=mine/face-FRA", "--labels", "mine/labels.csv", "--unlisted", "unlabelled")
 
 

@@ -13,17 +13,17 @@ from test_baichuan import SENTENCES
 from test_baichuan import _text_model as make_text_model
 
 from stages import encoding, extract_emovclip
-from stages.corpus.demo.checkpoints import make_baichuan, make_hubert
-from stages.corpus.demo.clip_checkpoint import make_clip
-from stages.corpus.demo.text import sentences
-from stages.devices import lanes
+from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
+from stages.corpora.demo.clip_checkpoint import make_clip
+from stages.corpora.demo.text import sentences
 from stages.encoders import baichuan, clip, hubert
-from stages.encoding import Encode, pooled_row
-from stages.extraction import Input
+from stages.engine.devices import lanes
+from stages.engine.encoding import Encode, pooled_row
+from stages.engine.extraction import Input
+from stages.engine.params import Runtime
+from stages.engine.store import Row
 from stages.fusion import training
 from stages.fusion.features import fold_statistics
-from stages.params import Runtime
-from stages.store import Row
 
 RUNTIME = Runtime(device="cpu", workers=2, executor="local", ray_address="auto", ray_gpus_per_task=1,
                   batch_memory_mb="auto", gradient_checkpointing=False, clip_timeout_seconds=60, keep_parts=False)

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from stages.corpus.demo.portraits import faces
-from stages.errors import Skip
+from stages.corpora.demo.portraits import faces
+from stages.engine.errors import Skip
 from stages.media import centerface
 from stages.media.audio import load_audio
 from stages.media.faces import Face, Tracker, align

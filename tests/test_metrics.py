@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from stages.fusion import metrics
+from stages.evaluation import metrics
 
 
 def draw(seed, clips, classes, correct=0.6):

@@ -13,12 +13,12 @@ import pytest
 from engine import small_shards, stage
 
 from stages.crop_faces import faces_row
-from stages.decoding import PerClip
-from stages.errors import PipelineError, Skip
-from stages.extraction import Input, extract
+from stages.engine.errors import PipelineError, Skip
+from stages.engine.extraction import Input, extract
+from stages.engine.params import Params
+from stages.engine.per_clip import PerClip
+from stages.engine.store import Store
 from stages.media.openface import crop_clip, find_binary
-from stages.params import Params
-from stages.store import Store
 
 # It behaves as the clip is called. Like the real one it cuts the output's name at a dot, and writes ", " in its CSV.
 STAND_IN = """#!{python} -SE

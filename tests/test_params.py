@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.errors import PipelineError
-from stages.params import load, read_yaml
+from stages.engine.errors import PipelineError
+from stages.engine.params import load, read_yaml
 
 ROOT = Path(__file__).parent.parent
 

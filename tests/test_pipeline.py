@@ -122,7 +122,7 @@ def test_the_results_are_complete(repository: Repository) -> None:
 
 
 def test_the_five_broken_clips_are_recorded_and_still_predicted(repository: Repository) -> None:
-    from stages.corpus.demo.plan import make_plan
+    from stages.corpora.demo.plan import make_plan
 
     broken = {plan.name: plan.broken for plan in make_plan(2024, 60, 30, 30) if plan.broken}
     skipped = repository.rows("reports/skipped.csv")
@@ -196,7 +196,7 @@ def test_modality_dropout_reruns_the_fusion_alone_and_changes_the_waf(repository
 
 def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(repository: Repository) -> None:
     before = repository.metrics(), (repository.folder / "params.yaml").read_bytes()
-    output = repository.run("python", "-m", "benchmarks.tables", "hubert", "p30")
+    output = repository.run("python", "-m", "stages.commands.tables", "hubert", "p30")
     assert repository.stages_run(output) == ["gather_features", *EVALUATION]  # p = 0.3 is what the workspace holds
     assert "tables-hubert-" in repository.run("dvc", "exp", "list")
     rows = {line.split(" | ")[0]: line for line in (repository.folder / "reports/tables.md").read_text().splitlines()}
@@ -204,7 +204,7 @@ def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(reposito
     assert f"{before[0]['test']['waf']:.2f}" in rows["| p = 0.3"]
     assert (repository.metrics(), (repository.folder / "params.yaml").read_bytes()) == before
     start = time.monotonic()
-    output = repository.run("python", "-m", "benchmarks.tables", "hubert", "p30")
+    output = repository.run("python", "-m", "stages.commands.tables", "hubert", "p30")
     assert "Running stage" not in output and "exp run" not in output and time.monotonic() - start < 30
     assert repository.stages_run(repository.run("dvc", "repro")) == []
 
@@ -212,7 +212,7 @@ def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(reposito
 def test_a_killed_row_does_not_cost_the_users_params(repository: Repository) -> None:
     aside = repository.folder / ".cache/tables/params.yaml"
     aside.write_text("a: 1\n")
-    output = repository.run("python", "-m", "benchmarks.tables", "hubert", expect=1)
+    output = repository.run("python", "-m", "stages.commands.tables", "hubert", expect=1)
     assert output.count("\n") == 1 and "error: params.yaml: may be a table's row" in output
     aside.unlink()
 
@@ -271,7 +271,7 @@ def test_new_clips_get_what_the_pipeline_gave_them_here_and_from_a_bundle(
     repository: Repository, tmp_path: Path
 ) -> None:
     clips = "data/demo/raw/video-unlabeled-with-test2noise"
-    repository.run("python", "-m", "stages.predict", clips, "--transcripts", "data/transcripts.csv", "--out",
+    repository.run("python", "-m", "stages.commands.predict", clips, "--transcripts", "data/transcripts.csv", "--out",
                    "predicted.csv")
     found = {Path(row["clip"]).stem: row for row in repository.rows("predicted.csv")}
     known = {row["clip_id"]: row for row in repository.rows("reports/predictions.csv") if row["split"] != "labelled"}
@@ -285,7 +285,7 @@ def test_new_clips_get_what_the_pipeline_gave_them_here_and_from_a_bundle(
     ranked = [row for row in found.values() if row["ranking"]]
     assert len(ranked) == 59 and {row["present_hubert"] for row in ranked} == {"true", "false"}
 
-    assert "models/release" in repository.run("python", "-m", "stages.release")
+    assert "models/release" in repository.run("python", "-m", "stages.commands.release")
     assert repository.stages_run(repository.run("dvc", "repro")) == []
     shutil.move(repository.folder / "models/release", tmp_path / "bundle")
     shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
@@ -295,8 +295,8 @@ def test_new_clips_get_what_the_pipeline_gave_them_here_and_from_a_bundle(
     some = sorted(known)[:8]
     for clip_id in some:
         shutil.copyfile(repository.folder / clips / f"{clip_id}.mp4", tmp_path / "clips" / f"{clip_id}.mp4")
-    command = [sys.executable, "-m", "stages.predict", "clips", "--transcripts", "words.csv", "--bundle", "bundle",
-               "--out", "predicted.csv"]
+    command = [sys.executable, "-m", "stages.commands.predict", "clips", "--transcripts", "words.csv", "--bundle",
+               "bundle", "--out", "predicted.csv"]
     bare = {"PATH": "/nowhere", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tmp_path, env=bare, check=True, timeout=120)
     with open(tmp_path / "predicted.csv", encoding="utf-8", newline="") as file:

@@ -15,13 +15,13 @@ from predict_runs import change, error_of, numbers, remove, rows, run_predict, w
 from test_transcribe import make_ctc
 from trained_run import SENTENCES, make_ensemble
 
-from stages import predict
-from stages.errors import PipelineError
+from stages.commands import predict
+from stages.engine.errors import PipelineError
 from stages.fusion.ensemble import Ensemble
 from stages.fusion.features import fold_statistics
 from stages.fusion.model import Architecture, initial_parameters
 from stages.inference.clips import find_clips, transcript_of
-from stages.inference.decoding import CHUNK, chunks
+from stages.inference.media import CHUNK, chunks
 from stages.inference.trained import check_params
 
 # ---------------------------------------------------------------- predicting

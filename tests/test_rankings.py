@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from stages import rank_emotions
-from stages.corpus.manifest import write_rows
-from stages.errors import PipelineError
-from stages.params import Params, load
+from stages.engine.errors import PipelineError
+from stages.engine.files import write_rows
+from stages.engine.params import Params, load
 from stages.rankings import earlier, prompt, providers
 from stages.rankings.cache import Answer, Cache
 from stages.rankings.earlier import earlier_answers

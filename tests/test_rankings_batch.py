@@ -10,7 +10,7 @@ from batch_runs import RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, ra
 from batch_server import STEPS, BatchServer, http_error, not_run, said
 from chat_server import KEY, LABELS, drop, fail, ranking_of, raw, say, serving
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.rankings import openai_batch
 from stages.rankings.journal import Job, Journal
 

@@ -16,9 +16,9 @@ from batch_server import STEPS, BatchServer, said
 from chat_server import KEY, serving
 
 from stages import files, rank_emotions
-from stages.corpus.manifest import write_rows
-from stages.errors import PipelineError
-from stages.params import read_yaml
+from stages.engine.errors import PipelineError
+from stages.engine.files import write_rows
+from stages.engine.params import read_yaml
 from stages.rankings import journal, openai_batch
 from stages.rankings.journal import Journal
 

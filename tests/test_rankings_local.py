@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from stages.errors import PipelineError
-from stages.params import load
+from stages.engine.errors import PipelineError
+from stages.engine.params import load
 from stages.rankings import providers
 from stages.rankings.cache import Answer
 from stages.rankings.lexicon import Lexicon

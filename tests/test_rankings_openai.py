@@ -33,7 +33,7 @@ from chat_server import (
     transcript_of,
 )
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.rankings import openai_provider
 from stages.rankings.cache import Answer, Cache
 from stages.rankings.chat import OUTPUT_TOKENS, Chat, Patience, estimate_tokens, parse_retry_after

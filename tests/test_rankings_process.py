@@ -14,8 +14,8 @@ import pytest
 from chat_server import KEY, TOKENS_IN, TOKENS_OUT, Handler, Server, answer, fail, ranking_of, serving
 from ruamel.yaml import YAML
 
-from stages.corpus.manifest import write_rows
-from stages.params import read_yaml
+from stages.engine.files import write_rows
+from stages.engine.params import read_yaml
 
 ROOT = Path(__file__).parents[1]
 TRANSCRIPTS = [f"这是第{i}句话。" for i in range(120)]

@@ -20,9 +20,9 @@ from miniature_chat import save_chat_model
 from ruamel.yaml import YAML
 
 from stages import rank_emotions
-from stages.corpus.manifest import write_rows
-from stages.errors import PipelineError
-from stages.params import read_yaml
+from stages.engine.errors import PipelineError
+from stages.engine.files import write_rows
+from stages.engine.params import read_yaml
 from stages.rankings import prompt
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 from chat_server import KEY, TOKENS_IN, Server, ranking_of, serving
 from ruamel.yaml import YAML
 
-from stages.corpus.manifest import write_rows
+from stages.engine.files import write_rows
 
 ROOT = Path(__file__).parent.parent
 IDENTITY = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}

@@ -18,13 +18,13 @@ from media_files import write_small_clip
 from ray_works import LOG, Words, computed, identity, make_ramps
 from ruamel.yaml import YAML
 
-from stages.corpus.manifest import Clip, write_manifest
-from stages.encoding import Encode, pooled_row
-from stages.errors import PipelineError
-from stages.extraction import extract
-from stages.params import Params, load
-from stages.ray_cluster import connection, plan_slots, sound_nodes
-from stages.store import Store
+from stages.engine.encoding import Encode, pooled_row
+from stages.engine.errors import PipelineError
+from stages.engine.extraction import extract
+from stages.engine.manifest import Clip, write_manifest
+from stages.engine.params import Params, load
+from stages.engine.ray_cluster import connection, plan_slots, sound_nodes
+from stages.engine.store import Store
 
 PATH = f"{ROOT}:{ROOT / 'tests'}"
 
@@ -143,7 +143,7 @@ def test_versions_that_differ_between_nodes(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(ROOT / "stages", other / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-    with open(other / "stages/store.py", "a") as code:
+    with open(other / "stages/engine/store.py", "a") as code:
         code.write("# older\n")
     package = other / "h5py-0.0.1.dist-info"
     package.mkdir()

@@ -11,8 +11,8 @@ from predict_runs import change, error_of, numbers, remove, rows, run_predict, w
 from ruamel.yaml import YAML
 from trained_run import SENTENCES
 
-from stages import release
-from stages.errors import PipelineError
+from stages.commands import release
+from stages.engine.errors import PipelineError
 from stages.inference.bundle import INDEX, SCHEMA, open_bundle
 
 

@@ -12,11 +12,11 @@ import pytest
 from fabricated_run import COUNTS, FOLDS, LABELS, ROUNDS, SEEDS, SENTENCES, fabricate
 from sklearn.metrics import f1_score
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
+from stages.engine.params import load
 from stages.evaluation import figures
 from stages.evaluation.artefacts import UNKNOWN, Run, read_run
 from stages.evaluation.report import render_report
-from stages.params import load
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

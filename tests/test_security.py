@@ -18,14 +18,14 @@ from ruamel.yaml import YAML
 from test_report import FLAGS
 from test_transcribe import make_ctc
 
-from stages.corpus.demo.checkpoints import make_baichuan, make_hubert
-from stages.corpus.demo.clip_checkpoint import make_clip
+from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
+from stages.corpora.demo.clip_checkpoint import make_clip
 from stages.encoders import asr, baichuan, clip, emovclip, hubert
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
+from stages.engine.params import load
 from stages.evaluation import figures
 from stages.evaluation.artefacts import read_run
 from stages.evaluation.report import render_report
-from stages.params import load
 from stages.rankings.transformers_provider import Transformers
 
 # ---------------------------------------------------------------- our own code

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stages import self_train as stage
 from stages import train_fusion
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.fusion import self_training
 from stages.fusion.self_training import choose, no_pseudo_labels, pool_rows, pseudo_labels_in_use, self_train
 from stages.fusion.training import train

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from stages.corpus.manifest import Clip
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
+from stages.engine.manifest import Clip
 from stages.split_folds import split
 
 

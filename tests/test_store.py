@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.errors import PipelineError
-from stages.store import Row, Store, feature_row, write_index, write_shard
+from stages.engine.errors import PipelineError
+from stages.engine.store import Row, Store, feature_row, write_index, write_shard
 
 
 def write(folder: Path, kind: str, shards: list[list[Row]], **attributes: object) -> Store:

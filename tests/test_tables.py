@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from test_params import ROOT, flatten
 
-from benchmarks.tables import TABLE_1, TABLE_2, changed, possible, render, row_key
-from stages.params import Params, read_yaml
+from stages.commands.tables import TABLE_1, TABLE_2, changed, possible, render, row_key
+from stages.engine.params import Params, read_yaml
 
 ROWS = (*TABLE_1, *TABLE_2)
 SHIPPED = ("params.yaml", "presets/mer2024.yaml")

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from stages import transcribe
-from stages.corpus.manifest import Clip, write_manifest
 from stages.encoders.asr import Config, Recognizer
-from stages.encoding import Ahead, Encode
-from stages.errors import PipelineError, Skip
-from stages.extraction import Input
-from stages.params import load
-from stages.store import Row, write_index, write_shard
+from stages.engine.encoding import Ahead, Encode
+from stages.engine.errors import PipelineError, Skip
+from stages.engine.extraction import Input
+from stages.engine.manifest import Clip, write_manifest
+from stages.engine.params import load
+from stages.engine.store import Row, write_index, write_shard
 
 ROOT = Path(__file__).parents[1]
 RATE = 24_000

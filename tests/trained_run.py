@@ -10,11 +10,11 @@ from broken_media import clip
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
-from stages.corpus.demo.checkpoints import make_baichuan, make_hubert
-from stages.corpus.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
+from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
+from stages.corpora.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
+from stages.engine.params import read_yaml
 from stages.fusion.ensemble import Ensemble
 from stages.fusion.model import Architecture, initial_parameters
-from stages.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ["我今天很高兴", "你为什么不告诉我？", "他走了，再也不会回来。"]

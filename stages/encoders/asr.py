@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from stages.encoders.checkpoints import DTYPES, Dtype, read_json, resolve
 from stages.encoders.heads import load_part, load_with_head
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 
 WINDOW_SECONDS = 30
 SEARCH_SECONDS = 5  # the quietest moment is looked for in this last part of a window

@@ -27,7 +27,7 @@ from stages.encoders.checkpoints import (
     read_json,
     resolve,
 )
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 
 # Masked language models' sentence head: no part of the token features
 _UNUSED = ("pooler.",)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError, one_line
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,11 +144,6 @@ def fill(
             tensor = tensor.to(device=device(name), dtype=dtype, copy=True)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def one_line(error: Exception) -> str:
-    """An exception's first line, for messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 def _tensor_files(folder: Path, checkpoint: str) -> dict[str, Path]:

@@ -20,8 +20,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 
-from stages.encoders.checkpoints import DTYPES, Dtype, one_line
-from stages.errors import PipelineError, Skip
+from stages.encoders.checkpoints import DTYPES, Dtype
+from stages.engine.errors import PipelineError, Skip, one_line
 
 FOLDER = "local-dir:"  # open_clip's prefix
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from stages.encoders.checkpoints import DTYPES, Dtype
 from stages.encoders.clip import ImageEncoder, load_clip
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError, one_line
 
 INIT_STD = 0.02  # of the prompts that no word initialises, as in ViFi-CLIP
 
@@ -158,7 +158,7 @@ def load_prompts(path: str | Path, model: Any) -> Prompts:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise PipelineError(f"{path}: can't be read as prompts: {' '.join(str(error).split())}") from None
+        raise PipelineError(f"{path}: can't be read as prompts: {one_line(error)}") from None
     for name, width in zip(("vision", "text"), _widths(model), strict=True):
         found = tuple(tensors[name].shape) if name in tensors else ()
         if len(found) != 3 or found[2] != width:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from stages.encoders.checkpoints import one_line
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError, one_line
 
 
 def load_with_head(auto_class: str, folder: Path, checkpoint: str, dtype: torch.dtype, device: str) -> Any:

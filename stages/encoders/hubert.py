@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from stages.encoders.checkpoints import DTYPES, Dtype, hidden_state_entries, load_auto_model, read_json, resolve
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 
 _FAMILIES = {"hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio"}
 # Only read in training (SpecAugment); checkpoints converted from fairseq lack it

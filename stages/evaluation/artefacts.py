@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError, one_line
 
 UNKNOWN = -1  # the class index of a clip whose truth is not known
 
@@ -153,7 +153,7 @@ def read_csv(path: Path, text: bool = False) -> pd.DataFrame:
     except FileNotFoundError:
         raise PipelineError(f"{path}: not found; run dvc repro") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise PipelineError(f"{path}: not a CSV table: {' '.join(str(error).split())}") from None
+        raise PipelineError(f"{path}: not a CSV table: {one_line(error)}") from None
 
 
 def _tensor(path: Path, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -164,7 +164,7 @@ def _tensor(path: Path, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
     except FileNotFoundError:
         raise PipelineError(f"{path}: not found; run dvc repro") from None
     except SafetensorError as error:
-        raise PipelineError(f"{path}: can't read {name}: {' '.join(str(error).split())}") from None
+        raise PipelineError(f"{path}: can't read {name}: {one_line(error)}") from None
     if len(tensor.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
         expected = tuple("any" if size is None else size for size in shape)
         raise PipelineError(f"{path}: {name} has shape {tensor.shape}, expected {expected}")

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stages.engine.params import Evaluate
+from stages.evaluation import metrics
 from stages.evaluation.artefacts import Predictions, Run
-from stages.fusion import metrics
-from stages.params import Evaluate
 
 SUBMISSION_NAMES = {"anger": "angry", "happiness": "happy", "sadness": "sad", "worry": "worried"}  # MER's spelling
 

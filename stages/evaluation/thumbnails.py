@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from stages.store import Store
+from stages.engine.store import Store
 
 LONG_SIDE = 96             # pixels
 QUALITY = 70               # JPEG

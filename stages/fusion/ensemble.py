@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from stages.errors import PipelineError
-from stages.files import empty_folder, replacing
-from stages.fusion import metrics
+from stages.engine.errors import PipelineError, one_line
+from stages.engine.files import empty_folder, replacing, write_json
+from stages.evaluation import metrics
 from stages.fusion.features import Inputs, Modality, Statistics, affine
 from stages.fusion.model import Architecture, Parameters, logits_and_attention
 
@@ -101,8 +101,7 @@ class Ensemble:
             "folds": self.parameters.shape[1],
             "seeds": list(self.seeds),
         }
-        with replacing(folder / "ensemble.json") as file:
-            file.write(json.dumps(description, indent=2) + "\n")
+        write_json(folder / "ensemble.json", description)
 
 
 def load_ensemble(folder: str | Path) -> Ensemble:
@@ -112,7 +111,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
         description = json.loads((Path(folder) / "ensemble.json").read_text(encoding="utf-8"))
         tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise PipelineError(f"{folder}: can't read the ensemble ({' '.join(str(error).split())})") from None
+        raise PipelineError(f"{folder}: can't read the ensemble ({one_line(error)})") from None
     architecture = Architecture(
         tuple(modality["name"] for modality in description["modalities"]),
         tuple(modality["dimension"] for modality in description["modalities"]),
@@ -203,4 +202,4 @@ def load_outputs(folder: Path) -> Outputs:
         tensors = load_file(path)
         return Outputs(ensemble, *(tensors[name] for name in PREDICTIONS))
     except (OSError, KeyError, SafetensorError) as error:
-        raise PipelineError(f"{path}: can't be read ({' '.join(str(error).split())}); run dvc repro") from None
+        raise PipelineError(f"{path}: can't be read ({one_line(error)}); run dvc repro") from None

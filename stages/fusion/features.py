@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.corpus.manifest import read_folds, read_manifest
-from stages.errors import PipelineError
-from stages.store import Store
+from stages.engine.errors import PipelineError
+from stages.engine.manifest import read_folds, read_manifest
+from stages.engine.store import Store
 
 MODALITIES = Path("data/modalities.json")
 HALF_ABOVE = 2 << 30  # bytes of float32 features from which on they are kept as float16

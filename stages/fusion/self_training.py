@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from stages.files import replacing
+from stages.engine.files import replacing
+from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.ensemble import PREDICTIONS, Ensemble, Outputs, cross_validation
 from stages.fusion.features import Inputs
 from stages.fusion.training import train
-from stages.params import Fusion, SelfTraining
 
 CHOSEN = {"seed": "int64", "row": "int64", "label": "int64", "confidence": "float32", "agreement": "int64"}
 

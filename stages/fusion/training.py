@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from stages.devices import cores, lanes
+from stages.engine.devices import cores, lanes
+from stages.engine.params import Fusion
 from stages.fusion.ensemble import Ensemble, Outputs
 from stages.fusion.features import Inputs, Statistics, affine, fold_statistics
 from stages.fusion.masks import DROPOUT, INITIAL, LOWEST, ORDER, RandomBits, keep_modalities, stream, threshold
 from stages.fusion.model import Architecture, Parameters, first_layer, initial_parameters, logits
-from stages.params import Fusion
 
 
 def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outputs:

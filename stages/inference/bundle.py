@@ -23,10 +23,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.errors import PipelineError
-from stages.files import empty_folder, replacing
+from stages.engine.errors import PipelineError
+from stages.engine.files import empty_folder, replacing, write_json
+from stages.engine.params import Params, load
 from stages.inference.trained import Trained, assemble
-from stages.params import Params, load
 
 SCHEMA = 1
 INDEX = "release.json"
@@ -106,8 +106,7 @@ def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
         "modalities": list(trained.modalities),
         "files": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
     }
-    with replacing(folder / INDEX) as file:
-        file.write(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
 
 
 def _take_checkpoints(folder: Path, values: dict[str, Any], keys: Sequence[str]) -> None:

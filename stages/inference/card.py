@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.inference.trained import Trained
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"

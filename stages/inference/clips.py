@@ -4,8 +4,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stages.corpus.layout import MEDIA, read_table
-from stages.errors import PipelineError
+from stages.corpora.layout import MEDIA, read_table
+from stages.engine.errors import PipelineError
 
 # Columns of a transcript table: predict's own output, data/transcripts.csv, any other, and the MER corpora's
 FORMS = (("clip", "transcript"), ("clip_id", "transcript"), ("name", "transcript"), ("name", "chinese"))

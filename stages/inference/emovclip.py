@@ -8,7 +8,7 @@ import torch
 from stages.encoders.checkpoints import DTYPES
 from stages.encoders.clip import ImageEncoder
 from stages.encoders.emovclip import PromptedCLIP, load_promptable, load_prompts
-from stages.params import EmoVCLIP
+from stages.engine.params import EmoVCLIP
 
 
 class EveryFold(ImageEncoder):

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.devices import pick_device, pick_workers
-from stages.encoding import Encode, identity, pooled_row
-from stages.errors import PipelineError
+from stages.engine.devices import pick_device, pick_workers
+from stages.engine.encoding import Encode, identity, pooled_row
+from stages.engine.errors import PipelineError
+from stages.engine.extraction import Input
+from stages.engine.store import Row
+from stages.engine.workers import Workers
 from stages.extract import make_encoder
-from stages.extraction import Input
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import Inputs, Modality
 from stages.inference import emovclip
-from stages.inference.decoding import Decoding, media_functions
+from stages.inference.media import Decoding, media_functions
 from stages.inference.texts import Texts, find_texts
 from stages.inference.trained import Trained
-from stages.store import Row
-from stages.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.devices import pick_device
-from stages.encoding import Encode, identity
-from stages.errors import PipelineError
-from stages.extraction import Input
-from stages.inference.decoding import Decoding, media_functions
+from stages.engine.devices import pick_device
+from stages.engine.encoding import Encode, identity
+from stages.engine.errors import PipelineError
+from stages.engine.extraction import Input
+from stages.engine.params import Params
+from stages.engine.workers import Workers
+from stages.inference.media import Decoding, media_functions
 from stages.inference.trained import Trained
-from stages.params import Params
 from stages.rankings.cache import Answer
 from stages.rankings.providers import rank
 from stages.transcribe import make_recognizer, text_row
-from stages.workers import Workers
 
 
 class Texts:

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.errors import PipelineError
-from stages.params import Params, Runtime, load, read_yaml
+from stages.engine.errors import PipelineError
+from stages.engine.params import Params, Runtime, load, read_yaml
 
 ENSEMBLE = Path("models/self_training")
 PROMPTS = Path("models/emovclip")

@@ -13,7 +13,7 @@ import av
 import numpy as np
 from av.audio.frame import AudioFrame
 
-from stages.errors import Skip
+from stages.engine.errors import Skip
 from stages.media.clip import Reader, damage_note, describe
 
 SOURCE_RATES = (1_000, 768_000)  # Hz; a damaged header can say 1 Hz, and a minute would fill the memory

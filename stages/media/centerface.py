@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import onnxruntime
 
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 from stages.media.faces import Face, Tracker, align
 from stages.media.frames import FrameStream, encode_jpeg, shrink
 

@@ -13,7 +13,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
-from stages.errors import Skip
+from stages.engine.errors import Skip
 
 # Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
 # files or the network.

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from av.video.frame import VideoFrame
 
-from stages.errors import Skip
+from stages.engine.errors import Skip
 from stages.media.clip import Reader, damage_note
 
 

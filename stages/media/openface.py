@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cv2
 
-from stages.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip
 from stages.media.frames import encode_jpeg
 
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

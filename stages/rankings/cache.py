@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 
 FOLDER = Path(".cache/rankings")
 BATCH_DISCOUNT = 0.5  # what OpenAI's Batch API bills of the direct price

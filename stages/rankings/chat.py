@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.rankings import prompt
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.dvc_cache import cache_folder, cached
-from stages.errors import PipelineError
-from stages.params import Params, read_yaml
+from stages.engine.dvc_cache import cache_folder, cached
+from stages.engine.errors import PipelineError
+from stages.engine.params import Params, read_yaml
 from stages.rankings.cache import Answer
 
 OUT = "data/rankings.jsonl"

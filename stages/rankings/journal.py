@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stages.errors import PipelineError
-from stages.files import replacing
+from stages.engine.errors import PipelineError
+from stages.engine.files import replacing
 from stages.rankings.cache import Cache
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError, one_line
 from stages.rankings.cache import Answer
 
 # What one word of a class says [choice]. DUTIR knows no worry and no neutral: its fear (惧) is also panic and unease,
@@ -115,7 +115,7 @@ def _words() -> dict[str, tuple[frozenset[str], dict[str, float]]]:
     try:
         dictionary = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)["Dictionary"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise PipelineError(f"{path}: no DUTIR lexicon ({' '.join(str(error).split())}); reinstall cntext") from None
+        raise PipelineError(f"{path}: no DUTIR lexicon ({one_line(error)}); reinstall cntext") from None
     classes: dict[str, set[str]] = {}
     for name in CLASSES:
         for word in dictionary[name]:

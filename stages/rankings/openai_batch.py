@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.rankings.cache import BATCH_DISCOUNT, Answer, Cache
 from stages.rankings.chat import Chat, Fault, Patience, Refused, complaint, waits
 from stages.rankings.journal import Job, Journal

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError
 from stages.rankings.cache import Answer
 from stages.rankings.chat import LONG_OUTPUT_TOKENS, OUTPUT_TOKENS, Chat, Fault, Messages, Patience, Refused, waits
 

@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stages.devices import pick_device
-from stages.errors import PipelineError
-from stages.fingerprint import checkpoint_digest
-from stages.params import Params, Rankings
+from stages.engine.devices import pick_device
+from stages.engine.errors import PipelineError
+from stages.engine.fingerprint import checkpoint_digest
+from stages.engine.params import Params, Rankings
 from stages.rankings.cache import Answer, Cache
 from stages.rankings.earlier import earlier_answers
 

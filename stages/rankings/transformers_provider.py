@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from stages.encoders.checkpoints import DTYPES, Dtype, one_line, resolve
+from stages.encoders.checkpoints import DTYPES, Dtype, resolve
 from stages.encoders.heads import load_part, load_with_head
-from stages.errors import PipelineError
+from stages.engine.errors import PipelineError, one_line
 from stages.rankings import prompt
 from stages.rankings.cache import Answer
 

@@ -1,0 +1,54 @@
+"""Adapter csv: any corpus, described by clips.csv in its folder.
+
+Columns: path (relative to the folder), split (labelled, unlabelled or test), label (may be empty but for labelled
+clips); optional: name (else the file's name without its extension), transcript, group (speaker or dialogue: clips of
+one group never straddle folds).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import cast, get_args
+
+from stages.corpora.layout import Entry, known_label, read_table
+from stages.engine.errors import PipelineError
+from stages.engine.manifest import Split
+
+
+def read(root: Path, labels: Sequence[str]) -> list[Entry]:
+    """Every clip of the table. Raises PipelineError naming the row and what is wrong with it."""
+    table = root / "clips.csv"
+    rows = read_table(table, ("path", "split", "label"), key="path")
+    return [_entry(root, f"{table}: {path}", path, row, labels) for path, row in rows.items()]
+
+
+def _entry(root: Path, where: str, path: str, row: dict[str, str], labels: Sequence[str]) -> Entry:
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or ".." in relative.parts or not path:
+        raise PipelineError(f"{where}: leaves the corpus folder; expected a path below {root}")
+    if not _is_file(root / relative):
+        raise PipelineError(f"{where}: no such file in {root}")
+    if not (root / relative).resolve().is_relative_to(root.resolve()):
+        raise PipelineError(f"{where}: a link that leaves the corpus folder; expected a file below {root}")
+    clip_id = row.get("name") or relative.stem
+    if "/" in clip_id:
+        raise PipelineError(f"{where}: found name {clip_id!r}, expected one without a slash")
+    split = row["split"]
+    if split not in get_args(Split):
+        raise PipelineError(f"{where}: found split {split!r}, expected one of {list(get_args(Split))}")
+    if split == "labelled" and not row["label"]:
+        raise PipelineError(f"{where}: a labelled clip without a label; expected one of {list(labels)}")
+    return Entry(
+        clip_id=clip_id,
+        path=str(relative),
+        split=cast(Split, split),
+        label=known_label(row["label"], labels, where) if row["label"] else "",
+        transcript=row.get("transcript", ""),
+        group=row.get("group", ""),
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's can be
+        return False

@@ -1,0 +1,60 @@
+"""data/manifest.csv, data/folds.csv and data/transcripts.csv: what the other stages know of the corpus."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, cast
+
+from stages.engine.files import read_rows, write_rows
+
+Split = Literal["labelled", "unlabelled", "test"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of the manifest. Text fields are empty where the corpus says nothing."""
+
+    clip_id: str
+    path: str  # relative to corpus.path
+    split: Split
+    label: str  # of labelled clips only; other splits' labels are in data/truth.csv
+    transcript: str
+    group: str  # clips of one group never straddle folds
+    duration: float | None  # seconds, None if the file can't be read
+    bytes: int
+    digest: str  # SHA-256 of the file, hex
+
+
+COLUMNS = [field.name for field in fields(Clip)]
+
+
+def read_manifest(path: str | Path = "data/manifest.csv") -> list[Clip]:
+    """The corpus's clips in manifest order."""
+    return [
+        Clip(
+            clip_id=row["clip_id"],
+            path=row["path"],
+            split=cast(Split, row["split"]),
+            label=row["label"],
+            transcript=row["transcript"],
+            group=row["group"],
+            duration=float(row["duration"]) if row["duration"] else None,
+            bytes=int(row["bytes"]),
+            digest=row["digest"],
+        )
+        for row in read_rows(path, COLUMNS)
+    ]
+
+
+def write_manifest(clips: Iterable[Clip], path: str | Path = "data/manifest.csv") -> None:
+    write_rows(path, COLUMNS, (["" if v is None else v for v in asdict(clip).values()] for clip in clips))
+
+
+def read_folds(path: str | Path = "data/folds.csv") -> dict[str, int]:
+    """Fold of each labelled clip: clip_id -> 0..count - 1."""
+    return {row["clip_id"]: int(row["fold"]) for row in read_rows(path, ["clip_id", "fold"])}
+
+
+def read_transcripts(path: str | Path = "data/transcripts.csv") -> dict[str, str]:
+    """Transcript of every clip, from the corpus or from speech recognition: clip_id -> text, "" where there is none."""
+    return {row["clip_id"]: row["transcript"] for row in read_rows(path, ["clip_id", "transcript"])}

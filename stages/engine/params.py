@@ -1,0 +1,293 @@
+"""params.yaml, checked whole: every key known, every value of the right type and range.
+
+Every stage loads the whole file, so that a slip in `fusion` is reported before hours of extraction.
+There are no defaults and no coercion: what a stage sees is what the file, and so DVC, says.
+YAML 1.2 through ruamel.yaml as DVC reads it (`off` is a string, 1e-4 a number).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.engine.errors import PipelineError, one_line
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quality = Annotated[int, Field(ge=1, le=100)]
+P = TypeVar("P", bound=BaseModel)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Labels(Section):
+    """What is known of any corpus, of clips or of feature files."""
+
+    adapter: str
+    labels: Annotated[list[str], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"corpus.labels: found {self.labels}, expected distinct labels")
+        return self
+
+
+class Corpus(Labels):
+    adapter: Literal["demo", "mer2024", "mer2023", "mer2025", "csv"]
+    path: str
+    truth: str | None
+    max_bad_fraction: Fraction
+    shard_size: Positive
+
+
+class ImportedCorpus(Labels):
+    adapter: Literal["features"]
+
+
+class Demo(Section):
+    seed: NonNegative
+    labelled: Annotated[int, Field(ge=60)]
+    unlabelled: Annotated[int, Field(ge=30)]
+    test: Annotated[int, Field(ge=30)]
+
+
+class Folds(Section):
+    count: Annotated[int, Field(ge=2)]
+    seed: NonNegative
+
+
+class Audio(Section):
+    sample_rate: Annotated[int, Field(ge=8000, le=192000)]
+
+
+class Transcribe(Section):
+    checkpoint: str | None
+    revision: str | None
+    language: str | None
+    dtype: Dtype
+
+
+class Frames(Section):
+    per_clip: Positive | None
+    short_side: Annotated[int, Field(ge=16)]
+    quality: Quality
+
+
+class Faces(Section):
+    detector: Literal["centerface", "openface"]
+    openface_binary: str | None
+    stride: Positive
+    size: Annotated[int, Field(ge=16)]
+    min_confidence: Fraction
+    quality: Quality
+
+
+class Price(Section):
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class Rankings(Section):
+    provider: Literal["lexicon", "openai", "transformers"]
+    model: str
+    revision: str | None
+    base_url: Annotated[str, Field(pattern=r"^https?://[^/@]+(/[^@]*)?$")] | None  # no user:key@, which logs would show
+    api_key_env: str
+    batch: bool
+    prompt_version: Literal["v1"]
+    max_cost_usd: Annotated[float, Field(ge=0)]
+    price_per_million: Price
+    dtype: Dtype
+
+
+class Extractor(BaseModel):
+    """One row of `extractors`. What is not named here belongs to the encoder's own Config."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    encoder: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    input: Literal["audio", "faces", "frames", "transcripts.csv", "rankings.jsonl"]
+    keep_frames: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class EmoVCLIP(Section):
+    checkpoint: str
+    revision: str | None
+    dtype: Dtype
+    scope: Literal["fold", "all"]
+    prompts: NonNegative
+    depth: Positive
+    template: Annotated[str, Field(pattern=r"\{label\}")]
+    frames: Positive
+    epochs: Positive
+    batch_size: Positive
+    learning_rate: PositiveFloat
+    warmup_epochs: NonNegative
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Probability
+    seed: NonNegative
+    keep_frames: bool
+
+
+class Fusion(Section):
+    modalities: Annotated[list[str], Field(min_length=1)]
+    standardize: bool
+    modality_dropout: Probability
+    keep_one: bool
+    hidden: Positive
+    dropout: Probability
+    epochs: Positive
+    batch_size: Positive
+    learning_rate: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    seeds: Annotated[list[NonNegative], Field(min_length=1)]
+    missing: Literal["report", "off"]
+
+
+class SelfTraining(Section):
+    rounds: NonNegative
+    k: Positive
+    pool: Literal["accumulate", "redraw"]
+    agreement: NonNegative
+    include_test: bool
+    select: Literal["last", "best_cv"]
+
+
+class Evaluate(Section):
+    bootstrap: Positive
+    seed: NonNegative
+
+
+class Device(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+class Runtime(Device):
+    workers: Literal["auto"] | Positive
+    executor: Literal["local", "ray"]
+    ray_address: Annotated[str, Field(pattern=r"^(auto|[^\s:/]+:\d+)$")]
+    ray_gpus_per_task: PositiveFloat
+    batch_memory_mb: Literal["auto"] | Positive
+    gradient_checkpointing: Literal["auto"] | bool
+    clip_timeout_seconds: PositiveFloat
+    keep_parts: bool
+
+    @model_validator(mode="after")
+    def _shares_are_of_one_gpu(self) -> Self:
+        share = self.ray_gpus_per_task
+        if share > 1 and share % 1:
+            raise ValueError(f"runtime.ray_gpus_per_task: found {share}, expected at most 1, or whole GPUs")
+        return self
+
+
+class FusionParams(Section):
+    """What the stages from split_folds on read."""
+
+    corpus: Labels
+    folds: Folds
+    fusion: Fusion
+    self_training: SelfTraining
+    evaluate: Evaluate
+    runtime: Device
+
+    @model_validator(mode="after")
+    def _modalities_are_distinct(self) -> Self:
+        if len(set(self.fusion.modalities)) != len(self.fusion.modalities):
+            raise ValueError(f"fusion.modalities: found {self.fusion.modalities}, expected each name once")
+        return self
+
+
+class ImportedParams(FusionParams):
+    """The whole params.yaml of a folder that stages.commands.import_features made."""
+
+    corpus: ImportedCorpus
+
+
+class Params(FusionParams):
+    """The whole params.yaml of the repository."""
+
+    corpus: Corpus
+    demo: Demo
+    audio: Audio
+    transcribe: Transcribe
+    frames: Frames
+    faces: Faces
+    rankings: Rankings
+    extractors: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Extractor]
+    emovclip: EmoVCLIP
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _modalities_exist(self) -> Self:
+        if "emovclip" in self.extractors:
+            raise ValueError("extractors.emovclip: the name is taken by the emovclip section; choose another")
+        known = {*self.extractors, "emovclip"}
+        for name in self.fusion.modalities:
+            if name not in known:
+                raise ValueError(f"fusion.modalities: found {name!r}, expected some of {sorted(known)}")
+        return self
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Parse a YAML 1.2 file. Raises PipelineError where it is missing or is no YAML."""
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path))
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: not found; run from the repository root") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path}: not valid YAML: {one_line(error)}") from None
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and check the parameters. Raises PipelineError naming the key, what was found and what is expected."""
+    return _validated(Params, path, read_yaml(path))
+
+
+def load_fusion(path: str | Path = "params.yaml") -> FusionParams:
+    """The same for the stages from split_folds on, which also run on the short params.yaml of imported features."""
+    values = read_yaml(path)
+    corpus = values.get("corpus") if isinstance(values, dict) else None
+    imported = isinstance(corpus, dict) and corpus.get("adapter") == "features"
+    return _validated(ImportedParams if imported else Params, path, values)
+
+
+def _validated(schema: type[P], path: str | Path, values: Any) -> P:
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise PipelineError(f"{path}: {describe(error)}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first fault as `key: found VALUE, expected ...`, and how many more there are."""
+    faults = error.errors()
+    first = faults[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['auto']", "[key]"))
+    found = first["input"]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        text = f"{key}: unknown parameter (found {_short(found)}); remove it or correct its name"
+    elif first["type"] in ("missing", "missing_argument"):
+        text = f"{key}: missing; every parameter must be given (params.yaml in git shows them all)"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    else:
+        expected = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        text = f"{key}: found {_short(found)}, expected {expected}"
+    return text + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
