@@ -30,7 +30,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from stages.commands.npy import feature_files, write_features
-from stages.corpora.layout import Entry, known_label, read_table, shown
+from stages.corpora.layout import Entry, known_label, shown
+from stages.corpora.tables import read_table
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, write_rows
 from stages.engine.manifest import Clip, Split, write_manifest

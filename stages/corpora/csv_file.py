@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast, get_args
 
-from stages.corpora.layout import Entry, known_label, read_table
+from stages.corpora.layout import Entry, known_label
+from stages.corpora.tables import read_table
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Split
 

@@ -1,10 +1,10 @@
 """What the adapters share: finding media files, reading label files, and the errors that participants meet."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.corpora.tables import read_table
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Split
 
@@ -41,33 +41,6 @@ def media_files(root: Path, folder: str) -> dict[str, str]:
     if not found:
         raise PipelineError(f"{root / folder}: no video files; expected some of {', '.join(sorted(MEDIA))}")
     return found
-
-
-def read_table(path: Path, columns: Sequence[str], key: str = "name") -> dict[str, dict[str, str]]:
-    """Rows of a CSV by clip name. Raises PipelineError for a missing file or column, or a name that occurs twice."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            missing = [column for column in columns if column not in header]
-            if missing:
-                raise PipelineError(f"{path}: found columns {list(header)}, expected {list(columns)}")
-            rows: dict[str, dict[str, str]] = {}
-            for row in reader:
-                name = (row[key] or "").strip()
-                if not name:
-                    raise PipelineError(f"{path}: line {reader.line_num}: no {key}; expected one in every row")
-                if name in rows:
-                    raise PipelineError(f"{path}: line {reader.line_num}: {key} {name!r} occurs twice; "
-                                        f"expected one row a clip")
-                rows[name] = {column: (value or "").strip() for column, value in row.items() if column}
-            return rows
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: not found; expected a CSV with the columns {list(columns)}") from None
-    except UnicodeDecodeError:
-        raise PipelineError(f"{path}: not UTF-8; expected a CSV saved as UTF-8") from None
-    except csv.Error as error:
-        raise PipelineError(f"{path}: after line {reader.line_num}: {error}; expected a CSV") from None
 
 
 def known_label(label: str, labels: Sequence[str], where: str) -> str:

@@ -5,7 +5,8 @@ subtitle_chieng.csv (name, chinese, english)."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.corpora.layout import Entry, label_column, media_files, read_table, require_same, transcript_column
+from stages.corpora.layout import Entry, label_column, media_files, require_same, transcript_column
+from stages.corpora.tables import read_table
 
 
 def read(root: Path, labels: Sequence[str]) -> list[Entry]:

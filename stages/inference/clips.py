@@ -1,10 +1,10 @@
 """What predict is asked for: clips, by name or by folder, and the transcripts that the user has of them."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stages.corpora.layout import MEDIA, read_table
+from stages.corpora.layout import MEDIA
+from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError
 
 # Columns of a transcript table: predict's own output, data/transcripts.csv, any other, and the MER corpora's
@@ -33,11 +33,7 @@ def find_clips(arguments: Sequence[str]) -> list[Path]:
 
 def read_transcripts(path: Path) -> dict[str, str]:
     """name -> transcript of a CSV with the columns of one of FORMS. Raises PipelineError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PipelineError(f"{path}: can't be read as a CSV of transcripts ({error})") from None
+    header, _ = read_lines(path, ())
     for name, text in FORMS:
         if name in header and text in header:
             return {key: row[text] for key, row in read_table(path, (name, text), key=name).items()}
