@@ -11,7 +11,8 @@ from media_files import remux, write_small_clip
 from ruamel.yaml import YAML
 
 from stages.corpora import csv_file, mer2023, mer2024, mer2025
-from stages.corpora.layout import Entry, known_label
+from stages.corpora.labels import known_label
+from stages.corpora.layout import Entry
 from stages.corpus import ADAPTERS
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import read_manifest

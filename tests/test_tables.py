@@ -103,7 +103,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "MER's labels": ("name,discrete,valence,arousal", lambda path: label_column(path, ["sad"])),
     "MER's transcripts": ("name,chinese,english,german", transcript_column),
     "the labels of imported features": ("name,label,split,transcript",
-                                        lambda path: _label_file(path, "labelled", ["sad"])),
+                                        lambda path: _label_file(path, "labelled")),
     "predict's transcripts": ("clip_id,transcript,source,model", read_transcripts),
 }
 

@@ -30,8 +30,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from stages.commands.npy import feature_files, write_features
-from stages.corpora.layout import Entry, known_label, shown
-from stages.corpora.tables import read_table
+from stages.corpora.labels import read_labels
+from stages.corpora.layout import Entry, shown
+from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, write_rows
 from stages.engine.manifest import Clip, Split, write_manifest
@@ -67,12 +68,14 @@ def read_entries(request: Request, classes: Sequence[str] | None) -> list[Entry]
 
     Raises PipelineError for a bad row, and for features of clips that no label file names.
     """
-    entries = _label_file(request.labels, "labelled", classes)
+    rows = _label_file(request.labels, "labelled")
     if request.test is not None:
-        test = _label_file(request.test, "test", classes)
-        if twice := sorted({e.clip_id for e in entries} & {e.clip_id for e in test}):
+        test = _label_file(request.test, "test")
+        if twice := sorted({row.name for row in rows} & {row.name for row in test}):
             raise PipelineError(f"{request.test}: {len(twice)} names that {request.labels} has too: {shown(twice)}")
-        entries += test
+        rows += test
+    labels = read_labels(request.labels, {row.where: row.label for row in rows}, classes)
+    entries = [_entry(row, labels[row.where]) for row in rows]
     listed = {entry.clip_id for entry in entries}
     found = {name for folder in request.features.values() for name in feature_files(folder)}
     unlisted = sorted(found - listed)
@@ -87,31 +90,41 @@ def read_entries(request: Request, classes: Sequence[str] | None) -> list[Entry]
     return sorted(entries, key=lambda entry: (ORDER.index(entry.split), entry.clip_id))
 
 
-def _label_file(path: Path, split: Split, classes: Sequence[str] | None) -> list[Entry]:
-    rows = read_table(path, ("name",))
-    columns = set(next(iter(rows.values()), {}))
-    column = next((name for name in ("label", "discrete") if name in columns), None)
-    if column is None and split == "labelled":
-        raise PipelineError(f"{path}: found columns {sorted(columns)}, expected name and label")
-    return [_entry(path, name, row, row.get(column or "", ""), split, classes) for name, row in rows.items()]
+@dataclass(frozen=True)
+class LabelRow:
+    """One row of a label file."""
+
+    where: str  # as errors name it
+    name: str
+    label: str
+    split: Split  # of the file, for rows that name none
+    cells: Mapping[str, str]
 
 
-def _entry(path: Path, name: str, row: Mapping[str, str], label: str, split: Split,
-           classes: Sequence[str] | None) -> Entry:
-    where = f"{path}: {name}"
-    if not name or not name.isprintable():
-        raise PipelineError(f"{where!r}: not a clip's name")
-    if row.get("split"):
-        if row["split"] not in SPLITS:
-            raise PipelineError(f"{where}: found split {row['split']!r}, expected train, test or unlabelled (folds for "
+def _label_file(path: Path, split: Split) -> list[LabelRow]:
+    header, _ = read_lines(path, ("name",))
+    columns = [name for name in ("label", "discrete") if name in header]
+    if not columns and split == "labelled":
+        raise PipelineError(f"{path}: found columns {header}, expected name and label")
+    if len(columns) > 1:
+        raise PipelineError(f"{path}: line 1: found both columns label and discrete; remove or rename one of them")
+    return [LabelRow(f"{path}: {name}", name, row[columns[0]] if columns else "", split, row)
+            for name, row in read_table(path, ("name",)).items()]
+
+
+def _entry(row: LabelRow, label: str) -> Entry:
+    if not row.name.isprintable():
+        raise PipelineError(f"{row.where!r}: not a clip's name")
+    split, asked = row.split, row.cells.get("split")
+    if asked:
+        if asked not in SPLITS:
+            raise PipelineError(f"{row.where}: found split {asked!r}, expected train, test or unlabelled (folds for "
                                 f"validation are cut from train: call such rows train, or leave them out)")
-        split = SPLITS[row["split"]]
+        split = SPLITS[asked]
     if split == "labelled" and not label:
-        raise PipelineError(f"{where}: a clip to train on without a label; give it one, or the split unlabelled")
-    if label and classes is not None:
-        label = known_label(label, classes, where)
-    transcript = row.get("transcript") or row.get("chinese", "")
-    return Entry(name, "", split, label, transcript, row.get("group", ""))
+        raise PipelineError(f"{row.where}: a clip to train on without a label; give it one, or the split unlabelled")
+    transcript = row.cells.get("transcript") or row.cells.get("chinese", "")
+    return Entry(row.name, "", split, label, transcript, row.cells.get("group", ""))
 
 
 # ---------------------------------------------------------------- the folder's files

@@ -9,22 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast, get_args
 
-from stages.corpora.layout import Entry, known_label
-from stages.corpora.tables import read_table
+from stages.corpora.labels import read_labels
+from stages.corpora.layout import Entry
+from stages.corpora.tables import read_lines
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Split
+
+COLUMNS = ("path", "split", "label")
 
 
 def read(root: Path, labels: Sequence[str]) -> list[Entry]:
     """Every clip of the table. Raises PipelineError naming the row and what is wrong with it."""
     table = root / "clips.csv"
-    rows = read_table(table, ("path", "split", "label"), key="path")
-    return [_entry(root, f"{table}: {path}", path, row, labels) for path, row in rows.items()]
+    rows = {f"{table}: line {row.line}: {row.cells['path']}": row.cells for row in read_lines(table, COLUMNS)[1]}
+    found = read_labels(table, {where: row["label"] for where, row in rows.items()}, labels)
+    return [_entry(root, where, row, found[where]) for where, row in rows.items()]
 
 
-def _entry(root: Path, where: str, path: str, row: dict[str, str], labels: Sequence[str]) -> Entry:
-    relative = PurePosixPath(path)
-    if relative.is_absolute() or ".." in relative.parts or not path:
+def _entry(root: Path, where: str, row: dict[str, str], label: str) -> Entry:
+    relative = PurePosixPath(row["path"])
+    if relative.is_absolute() or ".." in relative.parts:
         raise PipelineError(f"{where}: leaves the corpus folder; expected a path below {root}")
     if not _is_file(root / relative):
         raise PipelineError(f"{where}: no such file in {root}")
@@ -36,13 +40,13 @@ def _entry(root: Path, where: str, path: str, row: dict[str, str], labels: Seque
     split = row["split"]
     if split not in get_args(Split):
         raise PipelineError(f"{where}: found split {split!r}, expected one of {list(get_args(Split))}")
-    if split == "labelled" and not row["label"]:
-        raise PipelineError(f"{where}: a labelled clip without a label; expected one of {list(labels)}")
+    if split == "labelled" and not label:
+        raise PipelineError(f"{where}: a labelled clip without a label; expected one of corpus.labels")
     return Entry(
         clip_id=clip_id,
         path=str(relative),
         split=cast(Split, split),
-        label=known_label(row["label"], labels, where) if row["label"] else "",
+        label=label,
         transcript=row.get("transcript", ""),
         group=row.get("group", ""),
     )

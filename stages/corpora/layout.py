@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.corpora.labels import read_labels
 from stages.corpora.tables import read_table
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Split
 
 MEDIA = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv"}
-SPELLINGS = {"angry": "anger", "happy": "happiness", "sad": "sadness", "worried": "worry"}  # as MER's files have them
 SHOWN = 5
 
 
@@ -43,22 +43,13 @@ def media_files(root: Path, folder: str) -> dict[str, str]:
     return found
 
 
-def known_label(label: str, labels: Sequence[str], where: str) -> str:
-    """The label in the spelling of corpus.labels, whatever its case. Raises PipelineError for one not among them."""
-    if label in labels:
-        return label
-    by_name = {known.lower(): known for known in labels}
-    spelled = label.lower()
-    for name in (SPELLINGS.get(spelled, spelled), spelled):
-        if name in by_name:
-            return by_name[name]
-    raise PipelineError(f"{where}: found label {label!r}, expected one of corpus.labels {list(labels)}")
-
-
 def label_column(path: Path, labels: Sequence[str]) -> dict[str, str]:
-    """name -> label from a MER label file (name, discrete, ...)."""
+    """name -> label from a MER label file (name, discrete, ...). Raises PipelineError for a name without one."""
     table = read_table(path, ("name", "discrete"))
-    return {name: known_label(row["discrete"], labels, f"{path}: {name}") for name, row in table.items()}
+    found = read_labels(path, {f"{path}: {name}": row["discrete"] for name, row in table.items()}, labels)
+    if without := [where for where, label in found.items() if not label]:
+        raise PipelineError(f"{without[0]}: no label; expected one of corpus.labels {list(labels)}")
+    return dict(zip(table, found.values(), strict=True))
 
 
 def transcript_column(path: Path) -> dict[str, str]:
