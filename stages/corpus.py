@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stages.corpora import csv_file, mer2023, mer2024, mer2025
 from stages.corpora.examine import examine_all
+from stages.corpora.folders import escaped
 from stages.corpora.layout import Entry, label_column, shown
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import write_rows
@@ -37,6 +38,9 @@ def read_entries(p: Params) -> list[Entry]:
         if entry.clip_id in first:
             raise PipelineError(f"{root}: clip name {entry.clip_id!r} occurs twice ({first[entry.clip_id]} and "
                                 f"{entry.path}); expected each name once in the whole corpus")
+        if escaped(entry.path) != entry.path:
+            raise PipelineError(f"{root}: file name {escaped(entry.path)} is not UTF-8, or holds control characters; "
+                                f"rename it (convmv does, for files unpacked in another encoding)")
         if not entry.clip_id.isprintable():
             raise PipelineError(f"{root}: clip name {entry.clip_id!r} holds control characters; rename {entry.path}")
         first[entry.clip_id] = entry.path

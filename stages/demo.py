@@ -49,9 +49,11 @@ def check_corpus(p: Params) -> None:
     """Raises PipelineError saying where the corpus must lie and what must be in it."""
     folder = Path(p.corpus.path)
     if not folder.is_dir():
+        hint = " (~ is no folder here: write the whole path)" if p.corpus.path.startswith("~") else ""
+        hint = hint or (" (that is a file: name the folder that it is in)" if folder.exists() else "")
         raise PipelineError(
             f"corpus.path: found no folder {folder} (in {Path.cwd()}), expected the {p.corpus.adapter} corpus there, "
-            f"with {LAYOUTS[p.corpus.adapter]}; put or link it there, or change corpus.path"
+            f"with {LAYOUTS[p.corpus.adapter]}; put or link it there, or change corpus.path{hint}"
         )
 
 

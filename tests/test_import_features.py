@@ -1,6 +1,7 @@
 """Feature files of one's own: into a folder by the command, to a WAF by DVC, and the errors on the way."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "text": (lambda: spoil("004", np.array(["a"])), r"Ses01\.004\.npy: holds <U1, expected numbers"),
     "damaged": (lambda: Path("mine/voice-UTT/Ses01.004.npy").write_bytes(b"\x93NUMPY"), r"not a \.npy array"),
     "no features": (lambda: [path.unlink() for path in Path("mine/face-FRA").iterdir()], r"face-FRA: no \.npy files"),
+    "archives": (lambda: [path.rename(path.with_suffix(".npz")) for path in Path("mine/face-FRA").iterdir()],
+                 r"face-FRA: no \.npy files \(found \.npz\); expected one per clip"),
+    "a file in capitals too": (lambda: Path("mine/voice-UTT/Ses01.004.NPY").touch(),
+                               r"Ses01\.004\.npy: Ses01\.004\.NPY is there too; expected one file a clip"),
+    "a pipe": (lambda: (Path("mine/voice-UTT/Ses01.004.npy").unlink(), os.mkfifo("mine/voice-UTT/Ses01.004.npy")),
+               r"Ses01\.004\.npy: a pipe, expected a file"),
+    "a name with and without its extension": (lambda: labels("Ses01.000.mp4,sad,train"),
+                                              r"the clip Ses01\.000 occurs twice, with and without an extension"),
     "clips without features": (
         lambda: labels(*(f"dia{i}.mp4,sad,train" for i in range(10))),
         r"10 of 90 clips have no file \('dia0.mp4', .*more than --max-missing 0.1 allows; .* has 'Ses01.000.npy'"),
@@ -230,6 +239,16 @@ def test_a_clip_absent_everywhere_stays_with_a_warning(request_: Request, capsys
     assert reasons["nowhere"] == "no feature file" and reasons["Ses01.005"] == NOTHING
 
 
+def test_names_of_clip_files_and_files_in_capitals_are_the_clips(request_: Request) -> None:
+    lines = Path("mine/labels.csv").read_text().splitlines()
+    named = [line.replace(",", ".MP4,", 1) if i % 2 else line for i, line in enumerate(lines[1:])]
+    Path("mine/labels.csv").write_text("\n".join([lines[0], *named]) + "\n")
+    Path("mine/face-FRA/Ses01.000.npy").rename("mine/face-FRA/Ses01.000.NPY")
+    import_features(request_)
+    assert [clip.clip_id for clip in read_manifest("meld/data/manifest.csv")] == [f"Ses01.{i:03d}" for i in range(80)]
+    assert Store("meld/features/face").present.all()
+
+
 def test_spellings_are_merged_over_both_files(request_: Request, capsys: pytest.CaptureFixture[str]) -> None:
     odd = {1: "xxx", 65: "nan", **dict.fromkeys(range(0, 80, 3), "Happy")}
     spelled = [odd.get(i, CLASSES[i % 4]) for i in range(80)]
@@ -241,7 +260,7 @@ def test_spellings_are_merged_over_both_files(request_: Request, capsys: pytest.
     truth = dict(line.split(",") for line in Path("meld/data/truth.csv").read_text().splitlines())
     assert len(truth) == 20 and "Ses01.065" not in truth and truth["Ses01.061"] == "Happy"
     warning = capsys.readouterr().err
-    assert "warning: mine/labels.csv: merged as 'Happy': 'Happy' (27), 'happy' (12); looks like no class: 'xxx'" in warning
+    assert "warning: mine/labels.csv: merged as 'Happy': 'Happy' (27), 'happy' (12); looks like no class:" in warning
     assert "taken as no label: 'nan' (1)" in warning
 
 

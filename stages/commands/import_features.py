@@ -21,8 +21,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from stages.commands.npy import feature_files, write_features
+from stages.corpora.folders import MEDIA
 from stages.corpora.labels import read_labels
 from stages.corpora.layout import Entry, shown
 from stages.corpora.tables import read_lines, read_table
@@ -68,16 +70,16 @@ def read_entries(request: Request, classes: Sequence[str] | None) -> list[Entry]
 
     Raises PipelineError for a bad row, and for features of clips that no label file names.
     """
-    rows = _label_file(request.labels, "labelled")
+    found = {name for folder in request.features.values() for name in feature_files(folder)}
+    rows = _without_extensions(_label_file(request.labels, "labelled"), found)
     if request.test is not None:
-        test = _label_file(request.test, "test")
+        test = _without_extensions(_label_file(request.test, "test"), found)
         if twice := sorted({row.name for row in rows} & {row.name for row in test}):
             raise PipelineError(f"{request.test}: {len(twice)} names that {request.labels} has too: {shown(twice)}")
         rows += test
     labels = read_labels(request.labels, {row.where: row.label for row in rows}, classes)
     entries = [_entry(row, labels[row.where]) for row in rows]
     listed = {entry.clip_id for entry in entries}
-    found = {name for folder in request.features.values() for name in feature_files(folder)}
     unlisted = sorted(found - listed)
     if unlisted and request.unlisted == "error":
         raise PipelineError(f"{request.labels}: lacks {len(unlisted)} clips that have features: {shown(unlisted)}; "
@@ -110,6 +112,22 @@ def _label_file(path: Path, split: Split) -> list[LabelRow]:
         raise PipelineError(f"{path}: line 1: found both columns label and discrete; remove or rename one of them")
     return [LabelRow(f"{path}: {name}", name, row[columns[0]] if columns else "", split, row)
             for name, row in read_table(path, ("name",)).items()]
+
+
+def _without_extensions(rows: list[LabelRow], files: Collection[str]) -> list[LabelRow]:
+    """The rows whose names are those of clip files (a.mp4) by the names that the features have (a).
+
+    Raises PipelineError where two rows so become one clip.
+    """
+    def bare(name: str) -> str:
+        clip = Path(name)
+        return clip.stem if name not in files and clip.stem in files and clip.suffix.lower() in MEDIA else name
+
+    counts = Counter(bare(row.name) for row in rows)
+    for row in rows:
+        if counts[bare(row.name)] > 1:
+            raise PipelineError(f"{row.where}: the clip {bare(row.name)} occurs twice, with and without an extension")
+    return [replace(row, name=bare(row.name)) for row in rows]
 
 
 def _entry(row: LabelRow, label: str) -> Entry:

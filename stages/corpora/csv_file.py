@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast, get_args
 
+from stages.corpora.folders import HIDDEN, NOTHING, OTHER, say_left_out, scan, what_is
 from stages.corpora.labels import read_labels
 from stages.corpora.layout import Entry
 from stages.corpora.tables import read_lines
@@ -23,15 +24,25 @@ def read(root: Path, labels: Sequence[str]) -> list[Entry]:
     table = root / "clips.csv"
     rows = {f"{table}: line {row.line}: {row.cells['path']}": row.cells for row in read_lines(table, COLUMNS)[1]}
     found = read_labels(table, {where: row["label"] for where, row in rows.items()}, labels)
-    return [_entry(root, where, row, found[where]) for where, row in rows.items()]
+    entries = [_entry(root, where, row, found[where]) for where, row in rows.items()]
+    _say_unlisted(root, entries)
+    return entries
+
+
+def _say_unlisted(root: Path, entries: list[Entry]) -> None:
+    listed = {entry.path for entry in entries}
+    content = scan(root, deep=True)
+    unlisted = [str(path.relative_to(root)) for path in content.clips if str(path.relative_to(root)) not in listed]
+    odd = {kind: names for kind, names in content.left_out.items() if kind not in (HIDDEN, OTHER)}
+    say_left_out(root, len(entries), odd | ({"file that clips.csv does not name": unlisted} if unlisted else {}))
 
 
 def _entry(root: Path, where: str, row: dict[str, str], label: str) -> Entry:
     relative = PurePosixPath(row["path"])
     if relative.is_absolute() or ".." in relative.parts:
         raise PipelineError(f"{where}: leaves the corpus folder; expected a path below {root}")
-    if not _is_file(root / relative):
-        raise PipelineError(f"{where}: no such file in {root}")
+    if kind := what_is(root / relative):
+        raise PipelineError(f"{where}: {'no such file' if kind == NOTHING else f'a {kind}'} in {root}; expected a file")
     if not (root / relative).resolve().is_relative_to(root.resolve()):
         raise PipelineError(f"{where}: a link that leaves the corpus folder; expected a file below {root}")
     clip_id = row.get("name") or relative.stem
@@ -51,9 +62,3 @@ def _entry(root: Path, where: str, row: dict[str, str], label: str) -> Entry:
         group=row.get("group", ""),
     )
 
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name longer than any file's can be
-        return False

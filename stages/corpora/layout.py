@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.corpora.folders import EXPECTED, say_left_out, scan
 from stages.corpora.labels import read_labels
 from stages.corpora.tables import read_table
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Split
 
-MEDIA = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv"}
 SHOWN = 5
 
 
@@ -27,19 +27,19 @@ class Entry:
 
 def media_files(root: Path, folder: str) -> dict[str, str]:
     """clip name -> path relative to root, sorted by name. Raises PipelineError for a missing or empty folder, or a
-    name that occurs twice (a.mp4 and a.avi)."""
+    name that occurs twice (a.mp4 and a.avi). What else lies there is said."""
     if not (root / folder).is_dir():
-        raise PipelineError(f"{root / folder}: no such folder; expected the corpus's video files there")
+        raise PipelineError(f"{root / folder}: no such folder; expected the corpus's clips there")
+    content = scan(root / folder, deep=False)
     found: dict[str, str] = {}
-    for path in sorted((root / folder).iterdir()):
-        if path.suffix.lower() not in MEDIA or path.name.startswith("."):
-            continue
+    for path in content.clips:
         if path.stem in found:
             raise PipelineError(f"{root / folder}: clip name {path.stem!r} occurs twice ({found[path.stem]} and "
                                 f"{folder}/{path.name}); expected one file a clip")
         found[path.stem] = f"{folder}/{path.name}"
+    say_left_out(root / folder, len(found), content.left_out)
     if not found:
-        raise PipelineError(f"{root / folder}: no video files; expected some of {', '.join(sorted(MEDIA))}")
+        raise PipelineError(f"{root / folder}: no video files; expected some of {EXPECTED}")
     return found
 
 
