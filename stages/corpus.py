@@ -1,4 +1,5 @@
-"""Stage corpus: what clips there are, in data/manifest.csv; and, apart, the labels that only evaluate may see.
+"""Stage corpus: what clips there are, in data/manifest.csv; apart, the labels that only evaluate may
+see, and in data/duplicates.csv the clips that it should not hold.
 
     python -m stages.corpus
 
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stages.corpora import csv_file, mer2023, mer2024, mer2025
+from stages.corpora.duplicates import find_duplicates, report_duplicates
 from stages.corpora.examine import examine_all
 from stages.corpora.folders import escaped
 from stages.corpora.layout import Entry, label_column, shown
@@ -66,7 +68,9 @@ def main() -> None:
     p = load()
     entries = read_entries(p)
     truth = read_truth(p, entries)
-    write_manifest(examine_all(p, entries))
+    clips = examine_all(p, entries)
+    write_manifest(clips)
+    report_duplicates(Path(p.corpus.path), find_duplicates(clips, truth))
     write_rows("data/truth.csv", ["clip_id", "label"], [(e.clip_id, truth[e.clip_id]) for e in entries
                                                         if e.clip_id in truth])
 

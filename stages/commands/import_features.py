@@ -31,6 +31,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from stages.commands.npy import feature_files, write_features
+from stages.corpora.duplicates import find_duplicates, report_duplicates
 from stages.corpora.folders import MEDIA
 from stages.corpora.labels import read_labels
 from stages.corpora.layout import Entry, shown
@@ -39,12 +40,13 @@ from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, write_rows
 from stages.engine.manifest import Clip, Split, write_manifest
 from stages.engine.params import load_fusion, read_yaml
+from stages.engine.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS: dict[str, Split] = {"train": "labelled", "labelled": "labelled", "test": "test", "unlabelled": "unlabelled"}
 ORDER = ("labelled", "test", "unlabelled")
 STAGES = ("split_folds", "gather_features", "train_fusion", "self_train", "evaluate")
-WRITTEN = ("data/manifest.csv", "data/truth.csv", "features")
+WRITTEN = ("data/manifest.csv", "data/truth.csv", "data/duplicates.csv", "features")
 SECTIONS = ("folds", "fusion", "self_training", "evaluate")
 TAKEN = {"data", "features", "models", "reports", "stages", "tests"}  # the repository's own, or hidden from DVC
 IGNORED = "/.cache/\n/data/\n/features/\n"
@@ -168,10 +170,16 @@ def write_data(request: Request, entries: list[Entry], target: Path) -> None:
     if everywhere := sorted(set.intersection(*absent)):
         print(f"warning: import_features: {len(everywhere)} clips are absent from every modality, and can only be "
               f"guessed: {shown(everywhere)}", file=sys.stderr)
-    write_manifest((Clip(e.clip_id, "", e.split, e.label if e.split == "labelled" else "", e.transcript, e.group, None,
-                         0, "") for e in entries), target / "data/manifest.csv")
+    clips = [Clip(e.clip_id, "", e.split, e.label if e.split == "labelled" else "", e.transcript, e.group, None, 0, "")
+             for e in entries]
+    write_manifest(clips, target / "data/manifest.csv")
     truth = [(e.clip_id, e.label) for e in entries if e.split != "labelled" and e.label]
     write_rows(target / "data/truth.csv", ["clip_id", "label"], truth)
+    stores = [Store(target / "features" / name) for name in request.features]
+    content = zip(*(store.digests for store in stores), strict=True)
+    compared = [clip if clip.clip_id in everywhere else replace(clip, digest=b"".join(digests).hex())
+                for clip, digests in zip(clips, content, strict=True)]
+    report_duplicates(request.labels, find_duplicates(compared, dict(truth)), target / "data/duplicates.csv")
 
 
 def make_params(values: Any, classes: Sequence[str], modalities: Sequence[str], unlabelled: bool) -> CommentedMap:
