@@ -2,9 +2,11 @@
 
 Columns: path (relative to the folder), split (labelled, unlabelled or test), label (may be empty but for labelled
 clips); optional: name (else the file's name without its extension), transcript, group (speaker or dialogue: clips of
-one group never straddle folds).
+one group never straddle folds), start and end (seconds: the clip is that segment of the file, of which there may be
+several; an empty one stands for the file's start or end, and names are made of both: dialogue_0.5-2.75).
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast, get_args
@@ -14,7 +16,7 @@ from stages.corpora.labels import read_labels
 from stages.corpora.layout import Entry
 from stages.corpora.tables import read_lines
 from stages.engine.errors import PipelineError
-from stages.engine.manifest import Split
+from stages.engine.manifest import SEGMENT, Split
 
 COLUMNS = ("path", "split", "label")
 
@@ -25,6 +27,12 @@ def read(root: Path, labels: Sequence[str]) -> list[Entry]:
     rows = {f"{table}: line {row.line}: {row.cells['path']}": row.cells for row in read_lines(table, COLUMNS)[1]}
     found = read_labels(table, {where: row["label"] for where, row in rows.items()}, labels)
     entries = [_entry(root, where, row, found[where]) for where, row in rows.items()]
+    first: dict[str, str] = {}
+    for where, entry in zip(rows, entries, strict=True):
+        if entry.clip_id in first:
+            raise PipelineError(f"{where}: clip name {entry.clip_id!r} occurs twice, first in {first[entry.clip_id]}; "
+                                f"give every clip a name of its own in a column name")
+        first[entry.clip_id] = where.removeprefix(f"{table}: ")
     _say_unlisted(root, entries)
     return entries
 
@@ -45,7 +53,12 @@ def _entry(root: Path, where: str, row: dict[str, str], label: str) -> Entry:
         raise PipelineError(f"{where}: {'no such file' if kind == NOTHING else f'a {kind}'} in {root}; expected a file")
     if not (root / relative).resolve().is_relative_to(root.resolve()):
         raise PipelineError(f"{where}: a link that leaves the corpus folder; expected a file below {root}")
-    clip_id = row.get("name") or relative.stem
+    start, end = (_seconds(where, column, row.get(column, "")) for column in SEGMENT)
+    if end is not None and end <= (start or 0):
+        raise PipelineError(f"{where}: found start {row.get('start')!r} and end {row['end']!r}, expected an end after "
+                            f"the start")
+    segment = "" if start is end is None else f"_{row.get('start') or 0}-{row.get('end') or 'end'}"
+    clip_id = row.get("name") or relative.stem + segment
     if "/" in clip_id:
         raise PipelineError(f"{where}: found name {clip_id!r}, expected one without a slash")
     split = row["split"]
@@ -60,5 +73,17 @@ def _entry(root: Path, where: str, row: dict[str, str], label: str) -> Entry:
         label=label,
         transcript=row.get("transcript", ""),
         group=row.get("group", ""),
+        start=start,
+        end=end,
     )
+
+
+def _seconds(where: str, column: str, cell: str) -> float | None:
+    try:
+        seconds = float(cell) if cell else None
+    except ValueError:
+        seconds = -1.0
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise PipelineError(f"{where}: found {column} {cell!r}, expected seconds from the file's start, as 12.5")
+    return seconds
 

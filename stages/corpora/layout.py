@@ -23,6 +23,8 @@ class Entry:
     label: str = ""
     transcript: str = ""
     group: str = ""
+    start: float | None = None  # seconds; of a clip that is a segment of its file
+    end: float | None = None
 
 
 def media_files(root: Path, folder: str) -> dict[str, str]:
