@@ -9,7 +9,7 @@ Order: labelled, test, unlabelled, each by name, so that more unlabelled clips l
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stages.corpora import csv_file, mer2023, mer2024, mer2025
+from stages.corpora import cremad, csv_file, emodb, iemocap, meld, mer2023, mer2024, mer2025, mer2026, ravdess
 from stages.corpora.duplicates import find_duplicates, report_duplicates
 from stages.corpora.examine import examine_all
 from stages.corpora.folders import escaped
@@ -24,6 +24,12 @@ ADAPTERS: dict[str, Callable[[Path, Sequence[str]], list[Entry]]] = {
     "mer2024": mer2024.read,
     "mer2023": mer2023.read,
     "mer2025": mer2025.read,
+    "mer2026": mer2026.read,
+    "meld": meld.read,
+    "iemocap": iemocap.read,
+    "cremad": cremad.read,
+    "ravdess": ravdess.read,
+    "emodb": emodb.read,
     "csv": csv_file.read,
 }
 ORDER = ("labelled", "test", "unlabelled")

@@ -142,7 +142,7 @@ def test_faults_of_a_mer_folder_are_one_line(tmp_path: Path, clip: Path, damage,
         ("x.mp4,train,joy", "found split 'train', expected one of ['labelled', 'unlabelled', 'test']"),
         ("x.mp4,labelled,", "a labelled clip without a label"),
         ("y.mp4,labelled,joy", "no such file"),
-        ("x.mp4,labelled,joy\nsub/x.mp4,test,joy", "line 3: sub/x.mp4: clip name 'x' occurs twice, first in line 2: x.m"),
+        ("x.mp4,labelled,joy\nsub/x.mp4,test,joy", "line 3: sub/x.mp4: clip name 'x' occurs twice, first in line 2"),
     ],
 )
 def test_faults_of_a_csv_corpus_name_the_row(tmp_path: Path, clip: Path, row: str, expected: str) -> None:

@@ -21,7 +21,7 @@ REFUSED = {
     "minutes": ("d.wav,labelled,joy,0:00:01,0:00:02", "found start '0:00:01', expected seconds"),
     "a decimal comma": ('d.wav,labelled,joy,"1,5","2,5"', "found start '1,5', expected seconds"),
     "no number": ("d.wav,labelled,joy,1,nan", "found end 'nan', expected seconds"),
-    "the same segment twice": ("d.wav,labelled,joy,0,1", "clip name 'd_0-1' occurs twice, first in line 2: d.wav; give"),
+    "the same segment twice": ("d.wav,labelled,joy,0,1", "clip name 'd_0-1' occurs twice, first in line 2"),
     "endless": ("d.wav,labelled,joy,1,inf", "found end 'inf', expected seconds"),
 }
 

@@ -80,7 +80,7 @@ def say_left_out(folder: Path, clips: int, left_out: Mapping[str, list[str]]) ->
     kinds = []
     for kind, names in sorted(left_out.items()):
         noun, *rest = kind.split(" ")
-        shown = ", ".join(map(escaped, names[:SHOWN])) + (" ..." if len(names) > SHOWN else "")
+        shown = ", ".join(map(escaped, sorted(names)[:SHOWN])) + (" ..." if len(names) > SHOWN else "")
         kinds.append(f"{len(names)} {' '.join([noun + 's' * (len(names) > 1), *rest])} ({shown})")
     if kinds and clips:
         print(f"{escaped(folder)}: {clips} clip{'s' * (clips > 1)}; left out: {', '.join(kinds)}", file=sys.stderr)

@@ -34,12 +34,20 @@ def canonical(label: str) -> str:
     return SPELLINGS.get(folded(label), folded(label))
 
 
-def known_label(label: str, labels: Sequence[str], where: str) -> str:
-    """The label in the spelling of corpus.labels. Raises PipelineError for one that is not among them."""
+def match_label(label: str, labels: Sequence[str]) -> str | None:
+    """The label in the spelling of `labels`; None where it is not among them."""
     for same in (str, folded, canonical):
         if found := [known for known in labels if same(known) == same(label)]:
             return found[0]
-    raise PipelineError(f"{where}: found label {label!r}, expected one of corpus.labels {list(labels)}")
+    return None
+
+
+def known_label(label: str, labels: Sequence[str], where: str) -> str:
+    """The label in the spelling of corpus.labels. Raises PipelineError for one that is not among them."""
+    found = match_label(label, labels)
+    if found is None:
+        raise PipelineError(f"{where}: found label {label!r}, expected one of corpus.labels {list(labels)}")
+    return found
 
 
 def read_labels(source: Path, found: Mapping[str, str], labels: Sequence[str] | None) -> dict[str, str]:

@@ -119,10 +119,10 @@ def prediction_table(run: Run) -> pd.DataFrame:
 
 
 def submission_table(predictions: pd.DataFrame, adapter: str) -> pd.DataFrame:
-    """name,discrete of the test clips; MER's labels in the challenge's spelling, those of a corpus of one's own as
-    that has them."""
+    """name,discrete of the test clips; MER's labels in the challenge's spelling, those of any other corpus as
+    corpus.labels has them."""
     test = predictions[predictions["split"] == "test"]
-    spelling = {} if adapter in ("csv", "features") else SUBMISSION_NAMES
+    spelling = SUBMISSION_NAMES if adapter == "demo" or adapter.startswith("mer") else {}
     return pd.DataFrame({"name": test["clip_id"], "discrete": test["prediction"].replace(spelling)})
 
 
