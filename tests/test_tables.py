@@ -1,119 +1,91 @@
-"""Tables that users supply: what is refused, with which line; what is read as it stands."""
+"""The tables' rows: what each changes, when it is up to date, and how it is shown. test_pipeline.py runs one."""
 
-import os
-from collections.abc import Callable
-from pathlib import Path
+import copy
+import re
+from typing import Any
 
 import pytest
+from test_params import ROOT, flatten
 
-from stages.commands.import_features import _label_file
-from stages.corpora import csv_file
-from stages.corpora.layout import label_column, transcript_column
-from stages.corpora.tables import read_lines, read_table
-from stages.engine.errors import PipelineError
-from stages.inference.clips import read_transcripts
+from stages.commands.tables import TABLE_1, TABLE_2, changed, possible, render, row_key
+from stages.engine.params import Params, read_yaml
 
-COLUMNS = ("name", "label", "transcript")
-HEADER = b"name,label,transcript\n"
-
-REFUSED: dict[str, tuple[bytes, str]] = {
-    "an unquoted comma": (HEADER + b"a,sad,hm\nb,sad,No, I will not\n", "line 3: 4 cells, expected 3"),
-    "an unquoted comma in the last row": (HEADER + b"a,sad,Well,\nb,sad,hm\n", "line 2: 4 cells, expected 3"),
-    "a row that is cut off": (HEADER + b"a,sad,hm\nb,sad\n", "line 3: 2 cells, expected 3"),
-    "a line break outside quotes": (HEADER + b"a,sad,I will\nnot\n", "line 3: 1 cells, expected 3"),
-    "an open quote": (HEADER + b'a,sad,"oh no\nb,sad,hm\nc,sad,hm\n', "line 2: a quote opens in this row"),
-    "an open quote in the last row": (HEADER + b'a,sad,hm\nb,sad,"hm', "line 3: a quote opens in this row"),
-    "two open quotes": (HEADER + b'a,sad,"oh no\nb,sad,hm\nc,sad,"well\n', "after line 1: ',' expected after '\"'"),
-    "an open quote that a later one closes": (HEADER + b'a,sad,"oh no\nb,sad,hm\nc,sad,"\nd,sad,hm\n',
-                                              "line 2: a cell in quotes reaches to line 4 and takes whole rows in"),
-    "text after a quote": (HEADER + b'a,sad,"No" he said\n', "after line 1: ',' expected after '\"'"),
-    "a column twice": (b"name,label,label\na,sad,joy\n", "line 1: column 'label' occurs twice"),
-    "a column twice, one with a blank": (b"name,label, label\na,sad,joy\n", "line 1: column 'label' occurs twice"),
-    "old Macs' line ends": (b"name,label,transcript\ra,sad,hm\rb,sad,hm\r", "line 1: a bare carriage return"),
-    "one bare carriage return": (HEADER + b"a,sad,oh\rno\nb,sad,hm\n", "line 2: a bare carriage return"),
-    "a NUL": (HEADER + b"a,sad,hm\n\0b,sad,hm\n", "line 3: a NUL byte"),
-    "GBK": (HEADER + b"a,sad,hm\nb,sad,\xc4\xe3\xba\xc3\n", "line 3: not UTF-8; expected a CSV saved as UTF-8"),
-    "Latin-1": ("name,label,transcript\na,sad,café\n".encode("latin-1"), "line 2: not UTF-8"),
-    "UTF-16": ("name,label,transcript\na,sad,hm\n".encode("utf-16"), "line 1: not UTF-8 but UTF-16"),
-    "UTF-32": ("name,label,transcript\na,sad,hm\n".encode("utf-32-be"), "line 1: a NUL byte"),
-    "semicolons": (b"name;label;transcript\na;sad;hm\n", "found columns ['name;label;transcript']"),
-    "tabs": (b"name\tlabel\ttranscript\na\tsad\thm\n", "its cells are separated by tabs: save it with commas"),
-    "Excel's sep line": (b"sep=,\nname,label,transcript\na,sad,hm\n", "the first line must name the columns"),
-    "no header": (b"a,sad,hm\nb,sad,hm\n", "found columns ['a', 'sad', 'hm'], expected ['name', 'label'"),
-    "capitals in the header": (b"Name,Label,Transcript\na,sad,hm\n", "found columns ['Name', 'Label', "),
-    "an empty file": (b"", "line 1: the file is empty; expected a CSV with the columns ['name', 'label'"),
-    "blanks alone": (b" \n\n", "line 1: the file is empty"),
-    "no name": (HEADER + b"a,sad,hm\n,sad,hm\n", "line 3: no name; expected one in every row"),
-    "Excel's line of commas": (HEADER + b"a,sad,hm\n,,\n", "line 3: no name"),
-    "a name twice": (HEADER + b"a,sad,hm\nb,sad,hm\n a ,joy,hm\n", "line 4: name 'a' occurs twice"),
-    "a cell without an end": (HEADER + b"a,sad," + b"x" * 200_000 + b"\n", "after line 1: field larger than"),
-}
-
-READ: dict[str, tuple[bytes, dict[str, str]]] = {
-    "as Excel saves it": (b"\xef\xbb\xbfname,label,transcript\r\na,sad,hm\r\n", {"a": "hm"}),
-    "a quoted comma": (HEADER + b'a,sad,"No, I will not"\n', {"a": "No, I will not"}),
-    "a doubled quote": (HEADER + b'a,sad,"She said ""no"", twice"\n', {"a": 'She said "no", twice'}),
-    "a quote within a cell": (HEADER + b'a,sad,6" of snow\n', {"a": '6" of snow'}),
-    "a quoted line break": (HEADER + b'a,sad,"Oh.\nNo, no, no."\nb,sad,hm\n', {"a": "Oh.\nNo, no, no.", "b": "hm"}),
-    "an empty line": (HEADER + b"a,sad,hm\n\n  \nb,sad,hm\n", {"a": "hm", "b": "hm"}),
-    "blanks around everything": (b" name , label, transcript\n a , sad, hm \n", {"a": "hm"}),
-    "another order, and an index": (b",transcript,name,label\n0,hm,a,sad\n1,oh,b,sad\n", {"a": "hm", "b": "oh"}),
-    "a comma at the end of every line": (b"name,label,transcript,\na,sad,hm,\n", {"a": "hm"}),
-    "a comma at the end of every row": (HEADER + b"a,sad,hm,\nb,sad,hm,\n", {"a": "hm", "b": "hm"}),
-    "no row": (HEADER, {}),
-    "no newline at the end": (HEADER + "a,sad,我".encode(), {"a": "我"}),
-}
+ROWS = (*TABLE_1, *TABLE_2)
+SHIPPED = ("params.yaml", "presets/mer2024.yaml")
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_faulty_table_is_refused_with_its_line(tmp_path: Path, case: str) -> None:
-    content, expected = REFUSED[case]
-    path = tmp_path / "table.csv"
-    path.write_bytes(content)
-    with pytest.raises(PipelineError) as caught:
-        read_table(path, COLUMNS)
-    assert str(caught.value).startswith(f"{path}: ") and expected in str(caught.value)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("file", SHIPPED)
+def test_every_row_is_possible_and_valid(file: str) -> None:
+    params = read_yaml(ROOT / file)
+    before = copy.deepcopy(params)
+    assert len({row.name for row in ROWS}) == len(ROWS) == 15
+    for row in ROWS:
+        assert possible(row, params), row.name
+        values = changed(params, row.changes)
+        Params.model_validate(values)
+        now, then = flatten(values), flatten(before)
+        assert {key for key in now if now[key] != then[key]} <= set(row.changes)
+    assert params == before
 
 
-@pytest.mark.parametrize("case", READ)
-def test_a_sound_table_is_read_as_it_stands(tmp_path: Path, case: str) -> None:
-    content, expected = READ[case]
-    (tmp_path / "table.csv").write_bytes(content)
-    assert {name: row["transcript"] for name, row in read_table(tmp_path / "table.csv", COLUMNS).items()} == expected
+def test_rows_are_the_papers() -> None:
+    """Spot checks against section 9 of the design: what a row sets, and what the paper found."""
+    rows = {row.name: row for row in ROWS}
+    assert rows["baichuan-text"].changes["extractors.baichuan.input"] == "transcripts.csv"
+    assert "extractors.baichuan.input" not in rows["baichuan"].changes and rows["baichuan"].paper == (56.65, 56.84)
+    assert rows["hubert"].paper == (71.46, 82.13) and rows["hubert"].baseline == (73.02, 83.42)
+    assert all(row.changes["self_training.rounds"] == 0 for row in TABLE_1)
+    dropout = {rows[name].changes["fusion.modality_dropout"]: rows[name].paper for name in ("p0", "p15", "p30", "p50")}
+    assert dropout == {0.0: (84.25, 89.52), 0.15: (84.04, 89.87), 0.3: (83.76, 90.15), 0.5: (82.34, 89.08)}
+    assert "emovclip" not in rows["without-emovclip"].changes["fusion.modalities"]
+    assert rows["leaky"].changes["emovclip.scope"] == "all"
 
 
-def test_rows_know_their_lines(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_bytes(HEADER + b'\na,sad,"Oh.\nNo."\n\na,joy,hm\n')
-    header, rows = read_lines(tmp_path / "table.csv", COLUMNS)
-    assert header == list(COLUMNS) and [(row.line, row.cells["label"]) for row in rows] == [(3, "sad"), (6, "joy")]
+def test_rows_whose_features_are_missing_are_left_out() -> None:
+    params = read_yaml(ROOT / "params.yaml")
+    del params["extractors"]["baichuan"]
+    params["fusion"]["modalities"] = ["hubert", "clip", "emovclip"]
+    left = [row.name for row in ROWS if not possible(row, params)]
+    assert left == ["baichuan-text", "baichuan", "baseline", "without-emovclip"]
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.csv")
-    (tmp_path / "folder.csv").mkdir()
-    (tmp_path / "link.csv").symlink_to("gone.csv")
-    for name, fault in {"pipe.csv": "not a file", "folder.csv": "not a file", "link.csv": "not found"}.items():
-        with pytest.raises(PipelineError, match=f"{name}: {fault}"):
-            read_table(tmp_path / name, COLUMNS)
+def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() -> None:
+    params, lock = read_yaml(ROOT / "params.yaml"), read_yaml(ROOT / "dvc.lock")
+    key = row_key(params, lock)
+    assert row_key(changed(params, {"runtime.workers": 1}), lock) == key
+    assert row_key(changed(params, {"fusion.hidden": 64}), lock) != key
+
+    def touched(stage: str, kind: str, path: str) -> str:
+        other = copy.deepcopy(lock)
+        entry = next(entry for entry in other["stages"][stage][kind] if entry["path"] == path)
+        entry["md5"] = "0" * 32
+        return row_key(params, other)
+
+    assert touched("train_fusion", "deps", "stages/fusion/model.py") != key
+    assert touched("corpus", "outs", "data/manifest.csv") != key
+    assert touched("train_fusion", "outs", "models/fusion") == key  # the workspace's own results are no row's
 
 
-READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "clips.csv": ("path,split,label,transcript", lambda path: csv_file.read(path.parent, ["sad"])),
-    "MER's labels": ("name,discrete,valence,arousal", lambda path: label_column(path, ["sad"])),
-    "MER's transcripts": ("name,chinese,english,german", transcript_column),
-    "the labels of imported features": ("name,label,split,transcript",
-                                        lambda path: _label_file(path, "labelled")),
-    "predict's transcripts": ("clip_id,transcript,source,model", read_transcripts),
-}
+def figures(cv: float, test: float | None) -> dict[str, Any]:
+    blocks: dict[str, Any] = {"cv": {"waf_best_epoch": cv, "waf_best_epoch_std": 0.5}}
+    blocks["cv"] |= {"waf_last_epoch": cv - 2, "waf_last_epoch_std": 1.0}
+    if test is not None:
+        blocks["test"] = {"waf": test, "waf_std": 0.25}
+    return {**blocks, "clips": {"labelled": 9, "unlabelled": 8, "test": 7}, "folds": 5, "seeds": 3}
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize(("rows", "fault"), [("a,b,c,d, e", "line 2: 5 cells, expected 4"),
-                                             ('a,b,c,"d', "line 2: a quote opens in this row"),
-                                             ("a,b,c,d\re,f,g,h", "line 2: a bare carriage return")])
-def test_every_table_of_a_user_is_read_strictly(tmp_path: Path, reader: str, rows: str, fault: str) -> None:
-    header, read = READERS[reader]
-    (tmp_path / "clips.csv").write_bytes(f"{header}\n{rows}\n".encode())
-    with pytest.raises(PipelineError, match=f"clips.csv: {fault}"):
-        read(tmp_path / "clips.csv")
+def test_the_page_shows_every_row_beside_the_papers() -> None:
+    found = {row.name: figures(80.0, 70.0) for row in ROWS}
+    found |= {"leaky": figures(86.0, 71.0), "clip": figures(60.0, None)}
+    del found["p50"]
+    page = render(found, "demo")
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if line.startswith("| ")}
+    for row in ROWS:
+        assert row.title in lines
+    assert lines["HuBERT"] == "| HuBERT | 80.00 ± 0.50 | 78.00 ± 1.00 | 70.00 ± 0.25 | 71.46 / 82.13 | 73.02 / 83.42 |"
+    assert lines["CLIP"].split(" | ")[3] == "–"
+    assert lines["p = 0.5"].count("not run") == 3
+    assert "+15.00 with leaky prompts, +10.00 without, a difference of +5.00" in page
+    assert "random miniatures" in page and "random miniatures" not in render(found, "mer2024")
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines() if line.startswith("|")]
+    assert set(widths) == {6, 7}
