@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stages.engine.errors import run_stage
 from stages.engine.params import Faces, load
-from stages.engine.per_clip import extract_media
+from stages.engine.per_clip import write_media_store
 from stages.engine.store import Row
 from stages.media import centerface, openface
 
@@ -27,7 +27,7 @@ def main() -> None:
         openface.find_binary(p.faces.openface_binary)  # before any clip: a wrong path is not the clips' fault
     # OpenFace is stopped before the worker that waits for it, so that it does not outlive it
     function = partial(faces_row, faces=p.faces, time_limit=0.9 * p.runtime.clip_timeout_seconds)
-    extract_media("crop_faces", Path("data/faces"), "images", function, p,
+    write_media_store("crop_faces", Path("data/faces"), "images", function, p,
                   {"detector": p.faces.detector, "size": p.faces.size})
 
 

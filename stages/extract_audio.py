@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stages.engine.errors import run_stage
 from stages.engine.params import load
-from stages.engine.per_clip import extract_media
+from stages.engine.per_clip import write_media_store
 from stages.engine.store import Row
 from stages.media.audio import load_audio
 
@@ -19,7 +19,7 @@ def audio_row(clip_id: str, path: str, sample_rate: int) -> Row:
 def main() -> None:
     p = load()
     rate = p.audio.sample_rate
-    extract_media("extract_audio", Path("data/audio"), "audio", partial(audio_row, sample_rate=rate), p,
+    write_media_store("extract_audio", Path("data/audio"), "audio", partial(audio_row, sample_rate=rate), p,
                   {"sample_rate": rate})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stages.engine.errors import run_stage
 from stages.engine.params import load
-from stages.engine.per_clip import extract_media
+from stages.engine.per_clip import write_media_store
 from stages.engine.store import Row
 from stages.media.frames import sample_frames
 
@@ -19,7 +19,7 @@ def frames_row(clip_id: str, path: str, per_clip: int | None, short_side: int, q
 def main() -> None:
     p = load()
     function = partial(frames_row, **p.frames.model_dump())
-    extract_media("slice_frames", Path("data/frames"), "images", function, p, {"short_side": p.frames.short_side})
+    write_media_store("slice_frames", Path("data/frames"), "images", function, p, {"short_side": p.frames.short_side})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Condition, Thread
 from types import TracebackType
@@ -12,11 +13,21 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from stages.engine.devices import NARROW, batch_bytes, cores, free_bytes, lanes, pick_workers, set_threads
-from stages.engine.errors import PipelineError, Skip, working_on
-from stages.engine.extraction import Input
+from stages.engine.devices import (
+    NARROW,
+    batch_bytes,
+    cores,
+    device_name,
+    lane_bytes,
+    lanes,
+    pick_workers,
+    set_threads,
+)
+from stages.engine.errors import PipelineError, Skip, insist, working_on
 from stages.engine.params import Runtime
 from stages.engine.store import Row, Store, feature_row
+from stages.engine.versions import ENCODERS, versions
+from stages.engine.work import Input, Shard
 
 T = TypeVar("T")
 Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
@@ -63,7 +74,8 @@ class Encode:
 
     def open(self, device: str, workers: int | None = None) -> None:
         self._encoder = self.make(device)
-        self.attributes = {"dimension": self._encoder.dimension}
+        self.attributes = {"dimension": self._encoder.dimension, "device": device_name(device),
+                           "versions": versions(ENCODERS)}
         self._budget = batch_bytes(self.runtime, device)
         self._concurrent = device == "cpu" and self._encoder.concurrent
         self._threads = workers or pick_workers(self.runtime)
@@ -71,17 +83,22 @@ class Encode:
     def close(self) -> None:
         del self._encoder
 
-    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
-        with Ahead(self._prepare, chunks, self._threads) as ahead:
-            for chunk in ahead:
-                yield self._shard(chunk, ahead)
+    def shards(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, list[Row]]]:
+        with Ahead(self._prepare, shards, self._threads) as ahead:
+            for shard in ahead:
+                yield shard, self._rows(shard.clips, ahead)
                 self.waited = ahead.waited
 
-    def _shard(self, chunk: Sequence[Input], ahead: "Ahead") -> list[Row]:
+    def rows(self, clips: Sequence[Input]) -> list[Row]:
+        """The rows of these clips, outside of any store."""
+        ((_, rows),) = self.shards([Shard(Path(), clips)])
+        return rows
+
+    def _rows(self, clips: Sequence[Input], ahead: "Ahead") -> list[Row]:
         rows: dict[str, Row] = {}
         window: list[tuple[str, np.ndarray]] = []
         held = 0
-        for clip in chunk:
+        for clip in clips:
             prepared = ahead.take()
             if not isinstance(prepared, np.ndarray):
                 rows[clip.clip_id] = Row(clip.clip_id, reason=prepared)
@@ -92,7 +109,7 @@ class Encode:
                 rows.update(self._encode(window))
                 window, held = [], 0
         rows.update(self._encode(window))
-        return [rows[clip.clip_id] for clip in chunk]
+        return [rows[clip.clip_id] for clip in clips]
 
     def _prepare(self, clip: Input) -> np.ndarray | str:
         """The prepared input, or the reason why there is none."""
@@ -148,11 +165,14 @@ class Encode:
         return runs([prepared for _, prepared in clips], max(1, budget // encoder.unit_bytes))
 
     def _lane_count(self, todo: Sequence[Batch]) -> int:
-        """How many batches are computed side by side: no more than there are, and than memory has room for."""
+        """How many batches are computed side by side: no more than there are, and than memory has room for.
+
+        That is all that runtime.batch_memory_mb decides on a CPU: which clips share a batch it does not change.
+        """
         if not self._concurrent or len(todo) < 2:
             return 1
         largest = max(self._units([prepared for _, prepared in batch]) for batch in todo)
-        room = free_bytes("cpu") // (largest * self._encoder.unit_bytes)
+        room = lane_bytes(self.runtime) // (largest * self._encoder.unit_bytes)
         return max(1, min(cores(), len(todo), room))
 
     def _units(self, batch: Sequence[np.ndarray]) -> int:
@@ -175,19 +195,19 @@ class Encode:
 
 
 class Ahead:
-    """Chunks of clips, and each clip prepared by threads, in order.
+    """Shards, and each of their clips prepared by threads, in order.
 
-    The threads stop while AHEAD_BYTES of results wait to be taken. They don't stop between chunks.
+    The threads stop while AHEAD_BYTES of results wait to be taken. They don't stop between shards.
     """
 
-    def __init__(self, prepare: Callable[[Input], Any], chunks: Iterable[Sequence[Input]], threads: int):
+    def __init__(self, prepare: Callable[[Input], Any], shards: Iterable[Shard], threads: int):
         self.waited = 0.0  # seconds, in take
         self._prepare, self._threads = prepare, threads
-        self._queue: SimpleQueue[Any] = SimpleQueue()  # a chunk, a future for each of its clips, the next chunk ...
+        self._queue: SimpleQueue[Any] = SimpleQueue()  # a shard, a future for each of its clips, the next shard ...
         self._changed = Condition()
         self._held, self._running, self._closed = 0, 0, False
         self._pool = ThreadPoolExecutor(threads)
-        self._feeder = Thread(target=self._feed, args=(chunks,), daemon=True)
+        self._feeder = Thread(target=self._feed, args=(shards,), daemon=True)
 
     def __enter__(self) -> "Ahead":
         self._feeder.start()
@@ -200,11 +220,11 @@ class Ahead:
         self._feeder.join()
         self._pool.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[Sequence[Input]]:
-        while (chunk := self._queue.get()) is not None:
-            if isinstance(chunk, BaseException):
-                raise chunk
-            yield chunk
+    def __iter__(self) -> Iterator[Shard]:
+        while (shard := self._queue.get()) is not None:
+            if isinstance(shard, BaseException):
+                raise shard
+            yield shard
 
     def take(self) -> Any:
         """The next clip's result; raises what preparing it raised."""
@@ -217,11 +237,11 @@ class Ahead:
             self._changed.notify_all()
         return result
 
-    def _feed(self, chunks: Iterable[Sequence[Input]]) -> None:
+    def _feed(self, shards: Iterable[Shard]) -> None:
         try:
-            for chunk in chunks:
-                self._queue.put(chunk)
-                for clip in chunk:
+            for shard in shards:
+                self._queue.put(shard)
+                for clip in shard.clips:
                     with self._changed:
                         self._changed.wait_for(self._may_go_on)
                         if self._closed:
@@ -229,7 +249,7 @@ class Ahead:
                         self._running += 1
                     self._queue.put(self._pool.submit(self._run, clip))
             self._queue.put(None)
-        except BaseException as error:  # of `chunks`: raised where they are wanted
+        except BaseException as error:  # of `shards`: raised where they are wanted
             self._queue.put(error)
 
     def _may_go_on(self) -> bool:
@@ -256,7 +276,7 @@ class StoreReader:
 
     def __call__(self, clip_id: str) -> Any:
         store = self._store = self._store or Store(self.folder)
-        value = store.read(clip_id)
+        value = insist(lambda: store.read(clip_id))
         return (value, int(store.attrs["sample_rate"])) if store.kind == "audio" else value
 
 
