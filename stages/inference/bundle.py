@@ -3,7 +3,7 @@
     release.json       schema version, labels, modalities, and the SHA-256 of every other file
     params.yaml        resolved params; checkpoints are published names, or checkpoints/<name>
     ensemble/          ensemble.json and ensemble.safetensors: every fold's and seed's model
-    emovclip/          EmoVCLIP's prompts per fold, safetensors
+    emovclip/          EmoVCLIP's prompts per fold, safetensors, and what they were trained for
     checkpoints/       encoders that were folders of the repository, without anything but weights and descriptions
     metrics.json, README.md
 
@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 
 from stages.engine.errors import PipelineError
 from stages.engine.files import empty_folder, replacing, write_json
+from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.params import Params, load
 from stages.inference.trained import Trained, assemble
 
@@ -90,6 +91,8 @@ def write_bundle(out: Path, trained: Trained, metrics: Path, card: str) -> int:
 def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
     values = portable(trained.params).model_dump(mode="json")
     _take_checkpoints(folder, values, checkpoint_keys(trained))
+    if trained.prompts:
+        _describe_prompts(folder, values["emovclip"], trained)
     sources = {f"ensemble/{name}": trained.ensemble / name for name in ENSEMBLE}
     sources |= {f"emovclip/{path.name}": path for path in trained.prompts} | {"metrics.json": metrics}
     for name, source in sources.items():
@@ -107,6 +110,17 @@ def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
         "files": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
     }
     write_json(folder / INDEX, index)
+
+
+def _describe_prompts(folder: Path, section: Mapping[str, Any], trained: Trained) -> None:
+    """What EmoVCLIP's prompts belong to: the bundle's copy of the checkpoint, where it has one."""
+    from stages.encoders.emovclip import TRAINED, trained_files
+
+    e, prompts = trained.params.emovclip, trained.prompts[0].parent
+    trained_files(prompts, e.checkpoint, e.revision)  # raises where they belong to another
+    description = json.loads((prompts / TRAINED).read_text(encoding="utf-8"))
+    digest = checkpoint_digest(str(folder / section["checkpoint"])).hex()
+    write_json(folder / "emovclip" / TRAINED, {**description, "checkpoint": section["checkpoint"], "digest": digest})
 
 
 def _take_checkpoints(folder: Path, values: dict[str, Any], keys: Sequence[str]) -> None:
@@ -171,7 +185,8 @@ def open_bundle(bundle: Path) -> Trained:
     p = portable(load(bundle / PARAMS))
     p = p.model_copy(update={"rankings": p.rankings.model_copy(update={"base_url": os.environ.get(SERVER)})})
     trained = assemble(p, bundle / "ensemble", bundle / "emovclip", REMEDY)
-    for path in trained.prompts:
+    descriptions = {path.with_name("trained.json") for path in trained.prompts}
+    for path in (*trained.prompts, *descriptions):
         if path.relative_to(bundle).as_posix() not in index["files"]:
             raise PipelineError(f"{bundle / INDEX}: does not list {path.relative_to(bundle)}; {REMEDY}")
     values = trained.params.model_dump()

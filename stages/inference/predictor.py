@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +13,12 @@ from stages.engine.devices import pick_device, pick_workers
 from stages.engine.encoding import Encode, identity, pooled_row
 from stages.engine.errors import PipelineError
 from stages.engine.extraction import Input
+from stages.engine.params import Extractor
 from stages.engine.store import Row
 from stages.engine.workers import Workers
 from stages.extract import make_encoder
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import Inputs, Modality
-from stages.inference import emovclip
 from stages.inference.media import Decoding, media_functions
 from stages.inference.texts import Texts, find_texts
 from stages.inference.trained import Trained
@@ -68,9 +67,13 @@ def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
     encoders = {}
     for name in trained.modalities:
         if name == "emovclip":
-            make: Any = partial(emovclip.make_encoder, config=trained.params.emovclip, prompts=trained.prompts)
+            e = trained.params.emovclip
+            options = {"checkpoint": e.checkpoint, "revision": e.revision, "dtype": e.dtype}
+            options["prompts"] = str(trained.prompts[0].parent)
+            extractor = Extractor(encoder="emovclip", input="frames", keep_frames=False, **options)
         else:
-            make = partial(make_encoder, name=name, row=trained.params.extractors[name])
+            extractor = trained.params.extractors[name]
+        make = partial(make_encoder, name=name, row=extractor)
         row = partial(pooled_row, keep_frames=False, variance=name != "emovclip")
         encoders[name] = Encode(make, identity, row, trained.params.runtime)
         try:
