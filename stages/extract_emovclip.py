@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import stage_devices
-from stages.engine.encoding import Encode, Encoder, StoreReader, identity, pooled_row, store_inputs
+from stages.engine.encoding import Encode, Encoder, StoreReader, identity, store_inputs
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.extraction import Stage, extract
 from stages.engine.files import empty_folder

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from stages.encoders.pooling import pooled_row
 from stages.engine.errors import PipelineError, one_line
-from stages.engine.store import Row, feature_row, write_index, write_shard
+from stages.engine.store import Row, write_index, write_shard
 
 SAMPLE = 101  # files whose majority says what shape the others must have
 SHARD_SIZE = 1024  # clips
@@ -79,7 +80,7 @@ def read_row(clip_id: str, path: Path | None, layout: Layout) -> Row:
     if array.ndim != layout.axes or array.shape[-1] != layout.dimension:
         raise PipelineError(f"{path}: found shape {array.shape}, expected {layout} as in most files of the folder")
     with np.errstate(over="ignore"):
-        row = feature_row(clip_id, array if layout.axes == 2 else array[None], False, layout.axes == 2)
+        row = pooled_row(clip_id, array if layout.axes == 2 else array[None], False, layout.axes == 2)
     if not all(np.isfinite(statistic).all() for statistic in (row.mean, row.var) if statistic is not None):
         raise PipelineError(f"{path}: holds numbers too large for float32")
     return row

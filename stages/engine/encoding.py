@@ -16,7 +16,7 @@ from stages.engine.devices import NARROW, batch_bytes, cores, free_bytes, lanes,
 from stages.engine.errors import PipelineError, Skip, working_on
 from stages.engine.extraction import Input
 from stages.engine.params import Runtime
-from stages.engine.store import Row, Store, feature_row
+from stages.engine.store import Row, Store
 
 T = TypeVar("T")
 Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
@@ -272,13 +272,6 @@ def store_inputs(folder: str) -> list[Input]:
         Input(clip_id, clip_id, digest, absent=not present)
         for clip_id, digest, present in zip(store.clip_ids, store.digests, store.present, strict=True)
     ]
-
-
-def pooled_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: bool) -> Row:
-    """The row of (T, C) features. A clip whose features are not finite is left out, and says so."""
-    if not np.isfinite(features).all():
-        return Row(clip_id, reason="the encoder returned non-finite features; try dtype: float32")
-    return feature_row(clip_id, features, keep_frames, variance)
 
 
 def batches(items: Sequence[T], size: Callable[[T], int], unit_bytes: int, budget: int) -> Iterator[list[T]]:

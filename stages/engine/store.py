@@ -60,21 +60,6 @@ class Row:
         return content.digest()
 
 
-def feature_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: bool, note: str = "") -> Row:
-    """Pool (T, C) features over time to mean and population variance, float32 [paper 3.3: UTT-level pooling].
-
-    keep_frames also stores the sequence in its own dtype. Sums are taken in float64: long clips lose nothing.
-    """
-    wide = features.astype(np.float64)
-    return Row(
-        clip_id,
-        values=features if keep_frames else None,
-        mean=wide.mean(axis=0).astype(np.float32),
-        var=wide.var(axis=0).astype(np.float32) if variance else None,
-        reason=note,
-    )
-
-
 def _parts(row: Row) -> Iterable[bytes]:
     if isinstance(row.values, str):
         yield row.values.encode()

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import pick_device, pick_workers
-from stages.engine.encoding import Encode, identity, pooled_row
+from stages.engine.encoding import Encode, identity
 from stages.engine.errors import PipelineError
 from stages.engine.extraction import Input
 from stages.engine.params import Extractor
