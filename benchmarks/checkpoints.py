@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from stages.engine.files import write_json, write_tensors
+from stages.engine.fingerprint import checkpoint_digest
+
 if TYPE_CHECKING:
     from transformers import HubertConfig
 
@@ -72,18 +75,18 @@ def make_clip(folder: Path, name: str) -> Path:
 
 
 def make_prompts(folder: Path, checkpoint: Path) -> Path:
-    """EmoVCLIP's prompts for the checkpoint, four per layer over twelve layers, untrained; returns their file."""
+    """EmoVCLIP's prompts for the checkpoint as one fold, four per layer over twelve layers, untrained."""
     from open_clip import get_tokenizer
 
-    from stages.encoders.emovclip import initial_prompts, label_tokens, load_promptable
+    from stages.encoders.emovclip import TRAINED, initial_prompts, label_tokens, load_promptable
 
     model, name = load_promptable(str(checkpoint), None, "float32", "cpu")
     tokens = label_tokens(get_tokenizer(name), "a photo of a person feeling {label}.", ["joy", "anger"], 4)
     prompts = initial_prompts(model, tokens, 4, 12, 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "fold-0.safetensors"
-    save_file({name: tensor.detach() for name, tensor in prompts.named_parameters()}, path)
-    return path
+    write_tensors(folder / "fold-0.safetensors", dict(prompts.named_parameters()))
+    digest = checkpoint_digest(str(checkpoint)).hex()
+    write_json(folder / TRAINED, {"revision": None, "digest": digest, "scope": "fold", "folds": 1})
+    return folder
 
 
 def decoder_config(size: DecoderSize) -> dict[str, Any]:

@@ -34,8 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import checkpoints
 from stages.encoders import baichuan, clip, emovclip, hubert
 from stages.encoders.checkpoints import DTYPES, Dtype
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import pick_device, set_threads
-from stages.engine.encoding import Encode, Encoder, StoreReader, pooled_row
+from stages.engine.encoding import Encode, Encoder, StoreReader
 from stages.engine.extraction import Input
 from stages.engine.params import Runtime
 from stages.engine.store import Row, write_index, write_shard

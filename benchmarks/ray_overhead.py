@@ -22,8 +22,9 @@ import torch
 from benchmarks import checkpoints
 from benchmarks.encoders import LAYERS, write_audio
 from stages.encoders import hubert
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import stage_devices
-from stages.engine.encoding import Encode, StoreReader, pooled_row, store_inputs
+from stages.engine.encoding import Encode, StoreReader, store_inputs
 from stages.engine.extraction import Stage, extract
 from stages.engine.fingerprint import PARTS
 from stages.engine.params import Params, load

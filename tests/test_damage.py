@@ -15,8 +15,9 @@ from media_files import write_small_clip
 from ruamel.yaml import YAML
 
 from stages.commands import repair
+from stages.encoders.pooling import pooled_row
 from stages.engine.errors import PipelineError
-from stages.engine.store import INDEX, Row, Store, check_shard, feature_row, write_index, write_shard
+from stages.engine.store import INDEX, Row, Store, check_shard, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 SHARD = "shard-00000.h5"
@@ -32,7 +33,7 @@ def rows(kind: str) -> list[Row]:
         return [Row(f"c{i}", values=[rng.bytes(900) for _ in range(i)], items={"frame": range(i)}) for i in range(4)]
     if kind == "text":
         return [Row("a", values="今天下午三点开会"), Row("b", reason="no audio stream"), Row("c", values="")]
-    return [feature_row(f"c{i}", rng.standard_normal((9 + i, 40)).astype(np.float32), True, True) for i in range(4)]
+    return [pooled_row(f"c{i}", rng.standard_normal((9 + i, 40)).astype(np.float32), True, True) for i in range(4)]
 
 
 def everything(folder: Path) -> list[object]:

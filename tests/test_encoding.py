@@ -14,8 +14,9 @@ import pytest
 import torch
 from engine import ROOT, contents, inputs, small_shards, stage
 
+from stages.encoders.pooling import pooled_row
 from stages.engine import encoding
-from stages.engine.encoding import Ahead, Encode, batches, pooled_row, runs
+from stages.engine.encoding import Ahead, Encode, batches, runs
 from stages.engine.errors import PipelineError, Skip
 from stages.engine.extraction import Input, extract
 from stages.engine.params import Params

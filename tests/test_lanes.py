@@ -17,8 +17,9 @@ from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import make_clip
 from stages.corpora.demo.text import sentences
 from stages.encoders import baichuan, clip, hubert
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import lanes
-from stages.engine.encoding import Encode, pooled_row
+from stages.engine.encoding import Encode
 from stages.engine.extraction import Input
 from stages.engine.params import Runtime
 from stages.engine.store import Row

@@ -18,7 +18,8 @@ from media_files import write_small_clip
 from ray_works import LOG, Words, computed, identity, make_ramps
 from ruamel.yaml import YAML
 
-from stages.engine.encoding import Encode, pooled_row
+from stages.encoders.pooling import pooled_row
+from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError
 from stages.engine.extraction import extract
 from stages.engine.manifest import Clip, write_manifest

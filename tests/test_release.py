@@ -13,6 +13,7 @@ from trained_run import SENTENCES
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
+from stages.engine.files import write_json
 from stages.inference.bundle import INDEX, SCHEMA, open_bundle
 
 
@@ -62,6 +63,9 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
     change("extractors.hubert.checkpoint", "TencentGameMate/chinese-hubert-large")
     change("extractors.hubert.revision", "90cb6604")
     change("emovclip.checkpoint", "ViT-L-14-quickgelu / openai")
+    description = Path("models/emovclip/trained.json")  # as if the prompts had been trained for it
+    trained = json.loads(description.read_text())
+    write_json(description, trained | {"checkpoint": "ViT-L-14-quickgelu / openai", "digest": ""})
     release.main()
     row = open_bundle(Path("models/release")).params
     assert row.extractors["hubert"].options["checkpoint"] == "TencentGameMate/chinese-hubert-large"
@@ -80,6 +84,7 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
         (lambda: change("extractors.hubert.checkpoint", "models/demo/nowhere"), "models/demo/nowhere: no such folder"),
         (remove("reports/metrics.json"), "reports/metrics.json: not found; .* dvc repro"),
         (remove("models/self_training"), "no trained models; make them with: dvc repro self_train"),
+        (lambda: change("emovclip.revision", "other"), "models/emovclip: its prompts were trained for .* revision"),
         (lambda: Path("reports/metrics.json").write_text('{"seeds": 9, "folds": 3}'), "of 3 folds x 9 seeds, but"),
     ],
 )

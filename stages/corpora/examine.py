@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from stages.corpora.layout import Entry
 from stages.engine.devices import pick_workers
-from stages.engine.errors import Skip
+from stages.engine.errors import PipelineError, Skip, describe
 from stages.engine.manifest import Clip
 from stages.engine.params import Params
 from stages.engine.workers import Workers
@@ -38,6 +38,8 @@ def examine_all(p: Params, entries: list[Entry]) -> list[Clip]:
         if isinstance(result, Skip):  # its reader died or hung: the later stages will record why they can't use it
             content = (root / entry.path).read_bytes()
             result = len(content), hashlib.sha256(content).hexdigest(), None
+        if isinstance(result, (OSError, MemoryError)):
+            raise PipelineError(f"clip {entry.clip_id}: {describe(result)}")
         size, digest, duration = result
         label = entry.label if entry.split == "labelled" else ""
         clips.append(Clip(entry.clip_id, entry.path, entry.split, label, entry.transcript, entry.group,

@@ -23,9 +23,9 @@ from stages.engine.devices import (
     pick_workers,
     set_threads,
 )
-from stages.engine.errors import PipelineError, Skip, insist, working_on
+from stages.engine.errors import PipelineError, Skip, working_on
 from stages.engine.params import Runtime
-from stages.engine.store import Row, Store, feature_row
+from stages.engine.store import Row
 from stages.engine.versions import ENCODERS, versions
 from stages.engine.work import Input, Shard
 
@@ -33,6 +33,7 @@ T = TypeVar("T")
 Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
 WINDOW_BYTES = 128 << 20  # prepared inputs that are sorted and batched together; fixed: timing changes no batch
 AHEAD_BYTES = 128 << 20  # prepared inputs that wait while the device computes
+RECORDED = {"dimension": 0, "variance": True, "folds": 1, "leaky": False}  # of an encoder, with what most have
 CPU_BATCHES = 8  # of a window, for its cores; a fixed number, so that results do not depend on how many cores there are
 
 
@@ -40,7 +41,9 @@ class Encoder(Protocol):
     """What an encoder offers; see stages/encoders/hubert.py for the shortest.
 
     Its module also has a Config, a pydantic dataclass of the keys that a row of `extractors` may have besides encoder,
-    input and keep_frames (checkpoint, revision and dtype among them), and Encoder(config, device).
+    input, depends_on and keep_frames (checkpoint, revision and dtype among them), and Encoder(config, device). What
+    RECORDED names may be given otherwise: `variance`, whether the variance over time is a feature; `folds`, how many
+    vectors of `dimension` a frame has, one for each fold; `leaky`, whether it has learned from every fold's labels.
     """
 
     dimension: int
@@ -56,7 +59,8 @@ class Encoder(Protocol):
 
 
 class Encode:
-    """Encoder work. `make(device)` gives the encoder, `read(item)` a clip's input, `row(clip_id, output)` its row.
+    """Encoder work: `make(device)` gives the encoder, `read(item)` a clip's input, `row(encoder, clip_id, output)` its
+    row.
 
     `waited`: seconds for which the device had nothing to do but to wait for decoding.
     """
@@ -65,7 +69,7 @@ class Encode:
         self,
         make: Callable[[str], Encoder],
         read: Callable[[Any], Any],
-        row: Callable[[str, Any], Row],
+        row: Callable[[Any, str, Any], Row],
         runtime: Runtime,
     ):
         self.make, self.read, self.row, self.runtime = make, read, row, runtime
@@ -74,8 +78,8 @@ class Encode:
 
     def open(self, device: str, workers: int | None = None) -> None:
         self._encoder = self.make(device)
-        self.attributes = {"dimension": self._encoder.dimension, "device": device_name(device),
-                           "versions": versions(ENCODERS)}
+        recorded = {name: getattr(self._encoder, name, value) for name, value in RECORDED.items()}
+        self.attributes = {"device": device_name(device), "versions": versions(ENCODERS), **recorded}
         self._budget = batch_bytes(self.runtime, device)
         self._concurrent = device == "cpu" and self._encoder.concurrent
         self._threads = workers or pick_workers(self.runtime)
@@ -123,7 +127,10 @@ class Encode:
 
     def _encode(self, window: list[tuple[str, np.ndarray]]) -> dict[str, Row]:
         outputs = self._outputs(window)
-        return {clip_id: self.row(clip_id, output) for (clip_id, _), output in zip(window, outputs, strict=True)}
+        return {
+            clip_id: self.row(self._encoder, clip_id, output)
+            for (clip_id, _), output in zip(window, outputs, strict=True)
+        }
 
     def _outputs(self, clips: list[tuple[str, np.ndarray]]) -> list[Any]:
         """The encoder's output for each (clip_id, prepared), in order."""
@@ -265,40 +272,6 @@ class Ahead:
                 self._held += getattr(result, "nbytes", 0)
                 self._changed.notify_all()
         return result
-
-
-class StoreReader:
-    """Reads a clip's item from a store; one per process, opened on first use."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        self._store: Store | None = None
-
-    def __call__(self, clip_id: str) -> Any:
-        store = self._store = self._store or Store(self.folder)
-        value = insist(lambda: store.read(clip_id))
-        return (value, int(store.attrs["sample_rate"])) if store.kind == "audio" else value
-
-
-def identity(item: Any) -> Any:
-    """Reads what is an encoder's input already."""
-    return item
-
-
-def store_inputs(folder: str) -> list[Input]:
-    """A store's clips, in order; each one's item is its id, for a StoreReader."""
-    store = Store(folder)
-    return [
-        Input(clip_id, clip_id, digest, absent=not present)
-        for clip_id, digest, present in zip(store.clip_ids, store.digests, store.present, strict=True)
-    ]
-
-
-def pooled_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: bool) -> Row:
-    """The row of (T, C) features. A clip whose features are not finite is left out, and says so."""
-    if not np.isfinite(features).all():
-        return Row(clip_id, reason="the encoder returned non-finite features; try dtype: float32")
-    return feature_row(clip_id, features, keep_frames, variance)
 
 
 def batches(items: Sequence[T], size: Callable[[T], int], unit_bytes: int, budget: int) -> Iterator[list[T]]:

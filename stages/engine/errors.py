@@ -1,9 +1,9 @@
 """What can go wrong, and whose fault it is.
 
 PipelineError: the user must act; its text is one line that names the file or key, what was found and what is expected.
-Skip: one clip can't be used; the reason is recorded and the run goes on. Died: its decoder crashed or was stopped, which
-may be the machine's doing: the clip is tried once more. A fault of the machine (MACHINE, no memory) says nothing about a
-clip: it is retried, then stops the stage, and is never recorded.
+Skip: one clip can't be used; the reason is recorded and the run goes on. Died: its decoder crashed or was stopped,
+which may be the machine's doing: the clip is tried once more. A fault of the machine (REMEDIES, no memory) says nothing
+about a clip: it is retried, then stops the stage, and is never recorded.
 """
 
 import errno

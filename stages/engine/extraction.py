@@ -7,15 +7,15 @@ the bytes of its declared code and its checkpoint, the file name the clips' inpu
 
 There are two kinds of Work: per_clip.py (media: one function per clip in worker processes that may crash or hang) and
 encoding.py (an encoder on one device). Executors: this process, a process for each of several devices (executors.py),
-or the nodes of a Ray cluster (ray_executor.py). Where RANK and WORLD_SIZE are set, a Slurm array say, a process computes
-its share of the shards only.
+or the nodes of a Ray cluster (ray_executor.py). Where RANK and WORLD_SIZE are set, a Slurm array say, a process
+computes its share of the shards only.
 """
 
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,14 +33,12 @@ MIXED = ("device", "versions")  # attributes that should be the same in all shar
 
 
 def write_store(
-    target: Target, inputs: Sequence[Input], work: Work, params: Params, devices: Sequence[str],
-    source: str = "", loaded: str = "",
+    target: Target, inputs: Sequence[Input], work: Work, params: Params, devices: Sequence[str], **origin: str
 ) -> None:
-    """Write the target's store, resuming from finished shards.
+    """Write the target's store, resuming from finished shards; origin: as write_index takes it.
 
-    source, loaded: digests of the inputs' store and of what was loaded from local folders, for index.json. Raises
-    PipelineError if more than corpus.max_bad_fraction of the clips came out absent here (clips that were already absent
-    upstream do not count).
+    Raises PipelineError if more than corpus.max_bad_fraction of the clips came out absent here (clips that were already
+    absent upstream do not count).
     """
     shards = plan(target, inputs, params.corpus.shard_size)
     heads = {shard.part: head for shard in shards if (head := _head_if_done(shard, target)) is not None}
@@ -62,7 +60,11 @@ def write_store(
     in_order = [heads[shard.part] for shard in shards]
     _check_bad_fraction(target, inputs, in_order, params.corpus.max_bad_fraction)
     _warn_of_mixture(target, in_order)
-    _assemble(target, [shard.part for shard in shards], params.runtime.keep_parts, {"source": source, "loaded": loaded})
+    fingerprints = {f"shard-{i:05d}.h5": str(head.attributes["fingerprint"]) for i, head in enumerate(in_order)}
+    _assemble(target, dict(zip(fingerprints, (shard.part for shard in shards), strict=True)))
+    write_index(target.out, fingerprints, (digest for head in in_order for digest in head.digests), **origin)
+    if not params.runtime.keep_parts and shards:
+        shutil.rmtree(shards[0].part.parent)
 
 
 def _rank() -> tuple[int, int]:
@@ -116,22 +118,16 @@ def _warn_of_mixture(target: Target, heads: Sequence[Head]) -> None:
         if len(found) > 1:
             shown = "; ".join(f"{count} shards: {value}" for value, count in found.most_common())
             print(f"warning: {target.out}: its shards were made with different {name}, so that clips may differ in "
-                  f"their last digits: {shown}. To make them alike: rm -r {PARTS / target.stage / target.fingerprint}, then "
-                  f"dvc repro -f -s {target.stage}", file=sys.stderr)
+                  f"their last digits: {shown}. To make them alike: rm -r {PARTS / target.stage / target.fingerprint}, "
+                  f"then dvc repro -f -s {target.stage}", file=sys.stderr)
 
 
-def _assemble(target: Target, parts: Sequence[Path], keep_parts: bool, origin: dict[str, str]) -> None:
+def _assemble(target: Target, parts: Mapping[str, Path]) -> None:
     """Link (or, across file systems, copy) the parts into the out folder; nothing is ever written through a link."""
-    out = target.out
-    empty_folder(out)
-    names = [f"shard-{i:05d}.h5" for i in range(len(parts))]
-    for part, name in zip(parts, names, strict=True):
+    empty_folder(target.out)
+    for name, part in parts.items():
         try:
-            os.link(part, out / name)
+            os.link(part, target.out / name)
         except OSError:
-            with open(part, "rb") as source, replacing(out / name, "wb") as copy:
+            with open(part, "rb") as source, replacing(target.out / name, "wb") as copy:
                 shutil.copyfileobj(source, copy)
-    fingerprints = [part_fingerprint(target.fingerprint, part) for part in parts]
-    write_index(out, dict(zip(names, fingerprints, strict=True)), origin)
-    if not keep_parts and parts:
-        shutil.rmtree(parts[0].parent)

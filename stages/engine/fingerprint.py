@@ -12,8 +12,10 @@ from typing import Any
 
 from stages.engine import version
 from stages.engine.errors import PipelineError
+from stages.engine.files import file_digest
 from stages.engine.params import read_yaml
 
+READ = {".safetensors", ".bin", ".json", ".txt", ".model", ".vocab", ".jinja"}
 PARTS = Path(".cache/parts")  # work in progress, of every stage in <stage>/<fingerprint>/: outside DVC's outs
 
 
@@ -58,14 +60,17 @@ def _lookup(values: Any, path: str) -> Any:
     return values
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """What loading reads of a checkpoint folder: weights and descriptions, never Python."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in READ and path.is_file()]
+
+
 def checkpoint_digest(checkpoint: str) -> bytes:
     """Digest of a checkpoint folder's files; empty for a published name, which its pinned revision identifies."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return b""
     content = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                content.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in checkpoint_files(folder):
+        content.update(str(path.relative_to(folder)).encode() + bytes.fromhex(file_digest(path)))
     return content.digest()

@@ -16,10 +16,11 @@ from stages.engine.versions import MEDIA, versions
 from stages.engine.work import Input, Shard, Target
 from stages.engine.workers import Workers
 
+Decode = Callable[[str, str], Row]  # (clip_id, path) -> its row; raises Skip
 HELD_CLIPS = 1024  # in shards that wait for a clip to be tried again: bounds the memory they take
 
 
-def write_media_store(stage: str, out: Path, kind: str, function: Callable[[str, str], Row], params: Params,
+def write_media_store(stage: str, out: Path, kind: str, function: Decode, params: Params,
                       attributes: Mapping[str, Any]) -> None:
     """Write a media store: `function(clip_id, path) -> Row` over the manifest's clips, in worker processes."""
     root = Path(params.corpus.path)
@@ -102,7 +103,12 @@ def rows_of(clips: Sequence[Input], results: Iterator[Any]) -> list[Row]:
             result = next(results)
         if isinstance(result, (OSError, MemoryError)):
             raise PipelineError(f"clip {clip.clip_id}: {describe(result)}")
-        if isinstance(result, Skip):
-            result = Row(clip.clip_id, reason=str(result), died=isinstance(result, Died))
-        rows.append(result)
+        rows.append(result_row(clip.clip_id, result))
     return rows
+
+
+def result_row(clip_id: str, result: Row | Skip) -> Row:
+    """A worker's result as the clip's row."""
+    if isinstance(result, Skip):
+        return Row(clip_id, reason=str(result), died=isinstance(result, Died))
+    return result

@@ -2,8 +2,8 @@
 
 Every node must see the repository's folder at the same path (NFS, for example): inputs are read from it, and finished
 shards written to it as the local executor writes them. So the driver, which is the one command that DVC runs, only
-hands out blocks of shards through Ray's actor pool. Each slot of the cluster (a share of a GPU, or on CPUs a node) is an
-actor that opens the work once. Ray restarts an actor whose process or node was lost and gives its block to it again;
+hands out blocks of shards through Ray's actor pool. Each slot of the cluster (a share of a GPU, or on CPUs a node) is
+an actor that opens the work once. Ray restarts an actor whose process or node was lost and gives its block to it again;
 what of the block is finished already is not computed twice.
 """
 
@@ -101,8 +101,8 @@ def _run(ray: Any, todo: Sequence[Shard], work: Work, target: Target, slots: Seq
             fault = pool.get_next_unordered(timeout=PATIENCE_SECONDS)
         except TimeoutError:
             if not opened and time.monotonic() - began < 2 * PATIENCE_SECONDS:
-                print(f"{target.stage}: still waiting for a first result of the Ray cluster; `ray status` shows whether "
-                      f"it has room", file=sys.stderr)
+                print(f"{target.stage}: waiting for a first result of the Ray cluster; see `ray status` for its room",
+                      file=sys.stderr)
         except ray.exceptions.RayError as error:
             raise PipelineError(_failure(ray, error, target, under_way)) from None
         else:

@@ -8,7 +8,7 @@ A store is a folder of shard-00000.h5, shard-00001.h5, ... with the clips in man
     values    flat data; offsets (n + 1,) int64 cut it by clip
               audio: int16 samples   text: UTF-8 bytes   features: (frames, C), only where frames are kept
               images: encoded bytes, cut by item_offsets; offsets then count images
-    mean, var (n, C) float32 over time, for features
+    mean, var (n, folds * C) float32 over time, for features; folds is 1 but for an encoder that is trained per fold
     item_*    one value per image: item_frame (index in the clip), item_confidence
 
 and, as attributes, the schema version, kind and what made it (extractor, checkpoint, revision, dtype,
@@ -64,21 +64,6 @@ class Row:
         return content.digest()
 
 
-def feature_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: bool, note: str = "") -> Row:
-    """Pool (T, C) features over time to mean and population variance, float32 [paper 3.3: UTT-level pooling].
-
-    keep_frames also stores the sequence in its own dtype. Sums are taken in float64: long clips lose nothing.
-    """
-    wide = features.astype(np.float64)
-    return Row(
-        clip_id,
-        values=features if keep_frames else None,
-        mean=wide.mean(axis=0).astype(np.float32),
-        var=wide.var(axis=0).astype(np.float32) if variance else None,
-        reason=note,
-    )
-
-
 def _parts(row: Row) -> Iterable[bytes]:
     if isinstance(row.values, str):
         yield row.values.encode()
@@ -111,12 +96,28 @@ def write_shard(path: Path, kind: str, rows: Sequence[Row], attributes: Mapping[
         target.write(content)
 
 
-def write_index(folder: Path, fingerprints: Mapping[str, str], origin: Mapping[str, str] | None = None) -> None:
-    """Write the folder's index.json: the shards that belong to the store, with their fingerprints, and its origin.
+def write_index(folder: Path, fingerprints: Mapping[str, str], digests: Iterable[bytes], **origin: str) -> None:
+    """Write the folder's index.json: the store's shards with their fingerprints, and the digest of all its clips.
 
-    origin: digests of what the store was made from: `source`, its input store; `loaded`, local checkpoints.
+    origin: what the store was made from, as digests: `source`, its inputs, and `loaded`, local checkpoints.
     """
-    write_json(folder / INDEX, {"shards": dict(fingerprints), "origin": dict(origin or {})})
+    write_json(folder / INDEX, {"digest": _joined(digests), **origin, "shards": dict(fingerprints)})
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A store's index.json. Raises PipelineError where it is missing or damaged."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise PipelineError(f"{path}: can't be read ({one_line(error)}); {_rebuild(folder)}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), dict):
+        raise PipelineError(f"{path}: lists no shards; {_rebuild(folder)}")
+    return index
+
+
+def _joined(digests: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def _attribute(value: Any) -> Any:
@@ -154,7 +155,7 @@ def _write_rows(file: h5py.File, kind: str, rows: Sequence[Row]) -> None:
 
 
 def _write_statistics(file: h5py.File, rows: Sequence[Row]) -> None:
-    dimension = int(file.attrs["dimension"])
+    dimension = int(file.attrs["dimension"]) * int(file.attrs["folds"])
     for name in ("mean", "var"):
         found = [getattr(row, name) for row in rows]
         if name == "var" and not file.attrs["variance"]:
@@ -207,7 +208,7 @@ class Store:
         if not paths:
             raise PipelineError(f"{folder}: no shards found; {_rebuild(self.folder)}")
         self._shards = [_open(path) for path in paths]
-        self.attrs = self._shards[0].attrs
+        self.attrs, self.index = self._shards[0].attrs, read_index(self.folder)
         self._check()
         self.clip_ids = [c.decode() for shard in self._shards for c in shard.columns["clip_id"]]
         self.present = np.concatenate([shard.columns["present"] for shard in self._shards])
@@ -220,13 +221,7 @@ class Store:
         }
 
     def _check(self) -> None:
-        try:
-            content = json.loads((self.folder / INDEX).read_text())
-            index, self.origin = dict(content["shards"]), dict(content["origin"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            if isinstance(error, OSError) and error.errno != errno.ENOENT:
-                raise
-            raise PipelineError(f"{self.folder / INDEX}: can't be read ({error}); {_rebuild(self.folder)}") from None
+        index = self.index["shards"]
         found = {shard.path.name: shard.attrs["fingerprint"] for shard in self._shards}
         for name in sorted(found.keys() | index.keys()):
             if found.get(name) != index.get(name):
@@ -246,11 +241,11 @@ class Store:
     @property
     def digest(self) -> str:
         """Hex digest of every clip's content, in order."""
-        return hashlib.blake2b(b"".join(self.digests), digest_size=16).hexdigest()
+        return _joined(self.digests)
 
     @property
     def mean(self) -> np.ndarray:
-        """(N, C) float32; zeros for absent clips."""
+        """(N, folds * C) float32; zeros for absent clips."""
         return self._stack("mean")
 
     @property
@@ -282,7 +277,7 @@ class Store:
             return file[f"item_{name}"][start:end]
 
     def _stack(self, name: str) -> np.ndarray:
-        stacked = np.empty((len(self), int(self.attrs["dimension"])), np.float32)
+        stacked = np.empty((len(self), int(self.attrs["dimension"]) * int(self.attrs["folds"])), np.float32)
         start = 0
         for shard in self._shards:
             count = len(shard.columns["clip_id"])
@@ -305,6 +300,7 @@ class Head:
 
     attributes: Mapping[str, Any]
     rows: list[HeadRow]
+    digests: list[bytes]
 
 
 def read_head(path: Path, fingerprint: str) -> Head:
@@ -318,7 +314,7 @@ def read_head(path: Path, fingerprint: str) -> Head:
         HeadRow(clip_id.decode(), bool(present), reason.decode(), bool(died))
         for clip_id, present, reason, died in zip(*columns, strict=True)
     ]
-    return Head(shard.attrs, rows)
+    return Head(shard.attrs, rows, [digest.tobytes() for digest in shard.columns["digest"]])
 
 
 def check_shard(path: Path, fingerprint: str) -> None:

@@ -65,7 +65,7 @@ class Work(Protocol):
 def plan(target: Target, inputs: Sequence[Input], shard_size: int) -> list[Shard]:
     """The target's shards, in manifest order."""
     folder = PARTS / target.stage / target.fingerprint
-    return [Shard(folder / f"{_clips_digest(chunk)}.h5", chunk) for chunk in cut(inputs, shard_size)]
+    return [Shard(folder / f"{clips_digest(chunk)}.h5", chunk) for chunk in cut(inputs, shard_size)]
 
 
 def cut(inputs: Sequence[Input], size: int) -> list[Sequence[Input]]:
@@ -83,7 +83,8 @@ def cut(inputs: Sequence[Input], size: int) -> list[Sequence[Input]]:
     return runs
 
 
-def _clips_digest(clips: Sequence[Input]) -> str:
+def clips_digest(clips: Sequence[Input]) -> str:
+    """Of the clips' names and inputs, in order."""
     content = hashlib.blake2b(digest_size=16)
     for clip in clips:
         name = clip.clip_id.encode()

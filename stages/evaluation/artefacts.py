@@ -55,7 +55,7 @@ class Run:
     curves: pd.DataFrame               # models/fusion/curves.csv
     skipped: pd.DataFrame              # reports/skipped.csv
     modalities: list[str]
-    leaky: bool                        # EmoVCLIP's prompts were trained on every fold
+    leaky: bool                        # some encoder has learned from every fold's labels
 
     def split(self, name: str) -> np.ndarray:
         """Positions among `others` of the clips of the split `unlabelled` or `test`."""
@@ -100,7 +100,7 @@ def read_run(labels: list[str]) -> Run:
         curves=read_csv(Path("models/fusion/curves.csv")),
         skipped=read_csv(Path("reports/skipped.csv"), text=True),
         modalities=names,
-        leaky=any(m["name"] == "emovclip" and not m["per_fold"] for m in sources if m["name"] in names),
+        leaky=any(m["leaky"] for m in sources if m["name"] in names),
     )
 
 

@@ -3,8 +3,8 @@
 PyAV brings its own FFmpeg, so no system package is needed. A packet that can't be decoded is passed
 over and counted: a clip with a scratch keeps its other frames, and the caller gets a note about it.
 
-FFmpeg reports a disk that fails and a stream that is damaged in the same words. So whatever goes wrong, the file is read
-once more as plain bytes: if that fails, the machine is at fault (OSError), else the clip.
+FFmpeg reports a disk that fails and a stream that is damaged in the same words. So whatever goes wrong, the file is
+read once more as plain bytes: if that fails, the machine is at fault (OSError), else the clip.
 """
 
 from collections.abc import Iterator

@@ -82,7 +82,8 @@ def run(executable: str, path: Path, folder: Path, size: int, time_limit: float)
     try:
         code = process.wait(time_limit)
     except subprocess.TimeoutExpired:
-        raise Died(f"OpenFace was stopped after {time_limit:g} s (runtime.clip_timeout_seconds) without a result") from None
+        limit = f"{time_limit:g} s (runtime.clip_timeout_seconds)"
+        raise Died(f"OpenFace was stopped after {limit} without a result") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

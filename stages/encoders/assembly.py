@@ -1,0 +1,58 @@
+"""From a row of `extractors` in params.yaml to its encoder, for the pipeline and for predict."""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stages.encoders.pooling import encoded_row
+from stages.engine.encoding import Encode, Encoder
+from stages.engine.errors import PipelineError
+from stages.engine.fingerprint import checkpoint_digest
+from stages.engine.params import Extractor, Runtime, Transcribe, describe
+from stages.engine.store import Row
+
+
+def make_encoder(device: str, name: str, row: Extractor) -> Encoder:
+    """The row's encoder on a device. Raises PipelineError for an unknown encoder or a bad option."""
+    if not (Path(__file__).parent / f"{row.encoder}.py").exists():
+        raise PipelineError(f"params.yaml: extractors.{name}.encoder: found {row.encoder!r}, expected a module in "
+                            f"stages/encoders")
+    encoder = importlib.import_module(f"stages.encoders.{row.encoder}")
+    try:
+        config = encoder.Config(**row.options)
+    except ValidationError as error:
+        raise PipelineError(f"params.yaml: extractors.{name}.{describe(error)}") from None
+    return encoder.Encoder(config, device)
+
+
+def encode_work(
+    name: str, row: Extractor, read: Callable[[Any], Any], runtime: Runtime, keep_frames: bool = False
+) -> Encode:
+    """The engine's work that encodes and pools what `read` gives for a clip's item."""
+    make = partial(make_encoder, name=name, row=row)
+    return Encode(make, read, partial(encoded_row, keep_frames=keep_frames), runtime)
+
+
+def recognise_work(transcribe: Transcribe, read: Callable[[Any], Any], runtime: Runtime) -> Encode:
+    """The engine's work that recognises speech; its rows hold the texts."""
+    return Encode(partial(_make_recognizer, transcribe=transcribe), read, _text_row, runtime)
+
+
+def _make_recognizer(device: str, transcribe: Transcribe) -> Encoder:
+    from stages.encoders.asr import Config, Recognizer
+
+    return Recognizer(Config(**transcribe.model_dump()), device)
+
+
+def _text_row(_: Encoder, clip_id: str, text: str) -> Row:
+    return Row(clip_id, values=text)
+
+
+def loaded_digest(row: Extractor) -> bytes:
+    """Digest of the local folders that the encoder loads: a checkpoint, prompts."""
+    return hashlib.blake2b(b"".join(map(checkpoint_digest, row.loads.values())), digest_size=16).digest()
