@@ -9,12 +9,13 @@ its stage is read; what is damaged is removed, and so is the folder. DVC then re
 stage, which makes the missing parts.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.engine.dvc_cache import cache_folder, cached
@@ -72,8 +73,11 @@ def forget(folder: Path, cache: Path) -> list[Path]:
     return damaged
 
 
-def main() -> None:
-    folder = Path(os.path.relpath(Path(*sys.argv[1:])))  # as dvc.lock names it
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("mer repair", description="Remove a damaged store, so that dvc repro makes it "
+                                     "anew", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the store, such as data/audio or features/hubert")
+    folder = Path(os.path.relpath(parser.parse_args(arguments).folder))  # as dvc.lock names it
     if not outs_around(folder) and not (folder / INDEX).exists():
         raise PipelineError(f"{folder}: expected a store's folder as params and messages name it, such as data/audio")
     damaged = forget(folder, cache_folder())
@@ -82,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

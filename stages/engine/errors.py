@@ -8,6 +8,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # What the machine, not the program, must put right before the stage can go on
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
@@ -15,6 +16,9 @@ REMEDIES |= {errno.EROFS: "make it writable"}
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
 REMEDIES |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network folder")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
+
+
+INTERRUPTED = 130  # 128 + SIGINT
 
 
 class PipelineError(Exception):
@@ -41,16 +45,20 @@ def working_on(what: str) -> Iterator[None]:
         raise
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a PipelineError, or a file that can't be written, is one line on stderr and exit code 1."""
+def run_stage(main: Callable[..., None], *arguments: Any) -> None:
+    """Run the main of a stage or a command, the way a program ends: exit code 1 and one line on stderr for a
+    PipelineError or a file that can't be written, 130 as shells have it for Ctrl-C."""
     try:
-        main()
+        main(*arguments)
     except PipelineError as error:
         text = str(error)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run dvc repro again"
+        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run it again"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     else:
         return
     print(f"error: {text}", file=sys.stderr)
