@@ -117,12 +117,13 @@ def test_errors_for_the_user_are_one_line_and_others_keep_their_traceback(capsys
     def fail(error: BaseException) -> None:
         raise error
 
-    for error, line in ((PipelineError("a.csv: no rows"), "error: a.csv: no rows"),
-                        (OSError(28, "No space left on device", "a.csv"),
-                         "error: a.csv: No space left on device; make room, then run it again")):
+    for error, expected in ((PipelineError("a.csv: no rows"), "error: a.csv: no rows\n"),
+                            (OSError(errno.ENOSPC, "No space left on device", "a.csv"),
+                             "error: a.csv: No space left on device; make room, ")):
         with pytest.raises(SystemExit) as ended:
             run_stage(fail, error)
         assert ended.value.code == 1
-        assert capsys.readouterr().err == line + "\n"
+        line = capsys.readouterr().err
+        assert line.startswith(expected) and line.count("\n") == 1
     with pytest.raises(ValueError, match="unforeseen"):
         run_stage(fail, ValueError("unforeseen"))

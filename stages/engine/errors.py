@@ -5,6 +5,7 @@ and what is expected. Skip: one clip can't be used; the reason is recorded and t
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,6 @@ REMEDIES |= {errno.EROFS: "make it writable"}
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
 REMEDIES |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network folder")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
-
-
-INTERRUPTED = 130  # 128 + SIGINT
 
 
 class PipelineError(Exception):
@@ -46,8 +44,8 @@ def working_on(what: str) -> Iterator[None]:
 
 
 def run_stage(main: Callable[..., None], *arguments: Any) -> None:
-    """Run the main of a stage or a command, the way a program ends: exit code 1 and one line on stderr for a
-    PipelineError or a file that can't be written, 130 as shells have it for Ctrl-C."""
+    """Run the main of a stage or a command; a PipelineError, or a file that can't be written, is one line on stderr and
+    exit code 1; Ctrl-C is one line and exit code 130."""
     try:
         main(*arguments)
     except PipelineError as error:
@@ -55,10 +53,10 @@ def run_stage(main: Callable[..., None], *arguments: Any) -> None:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run it again"
+        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run dvc repro again"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(128 + signal.SIGINT) from None  # the exit code that shells give it
     else:
         return
     print(f"error: {text}", file=sys.stderr)
