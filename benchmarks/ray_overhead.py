@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import checkpoints
-from benchmarks.encoders import LAYERS, write_audio
+from benchmarks.encoders import write_audio
+from stages.commands.published import LAYERS
 from stages.encoders import hubert
 from stages.encoders.pooling import pooled_row
 from stages.engine.devices import stage_devices

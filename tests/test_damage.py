@@ -186,10 +186,9 @@ def test_the_named_command_rebuilds(extracted: Path, tmp_path: Path, links: str,
 
 def test_repair_removes_nothing_but_stores(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(extracted)
-    for names in ([], [""], ["."], [".."], ["stages"], ["data"], ["nowhere"], [str(extracted / "data/audio/..")]):
-        monkeypatch.setattr(sys, "argv", ["repair", *names])
+    for name in ("", ".", "..", "stages", "data", "nowhere", str(extracted / "data/audio/..")):
         with pytest.raises(PipelineError, match="expected a store's folder"):
-            repair.main()
+            repair.main([name])
     assert Path("stages/engine/store.py").exists() and Path("data/audio", SHARD).exists()
 
 
@@ -198,6 +197,5 @@ def test_an_absolute_path_is_the_folder_that_dvc_knows(extracted: Path, monkeypa
     monkeypatch.chdir(extracted)
     asked: list[Path] = []
     monkeypatch.setattr(repair, "forget", lambda folder, cache: asked.append(folder) or [])
-    monkeypatch.setattr(sys, "argv", ["repair", str(extracted / "data/audio")])
-    repair.main()
+    repair.main([str(extracted / "data/audio")])
     assert asked == [Path("data/audio")]

@@ -7,10 +7,11 @@ about a clip: it is retried, then stops the stage, and is never recorded.
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -80,16 +81,20 @@ def describe(error: BaseException) -> str:
     return f"{notes}{text}, then run dvc repro again (what was finished is kept)"
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a PipelineError, or a fault of the machine, is one line on stderr and exit code 1."""
+def run_stage(main: Callable[..., None], *arguments: Any) -> None:
+    """Run the main of a stage or a command; a PipelineError, or a fault of the machine, is one line on stderr and exit
+    code 1; Ctrl-C is one line and exit code 130."""
     try:
-        main()
+        main(*arguments)
     except PipelineError as error:
         text = str(error)
     except (OSError, MemoryError) as error:
         if not is_machines(error):
             raise
         text = describe(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None  # the exit code that shells give it
     else:
         return
     print(f"error: {text}", file=sys.stderr)

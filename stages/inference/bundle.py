@@ -34,7 +34,7 @@ PARAMS = "params.yaml"
 ENSEMBLE = ("ensemble.json", "ensemble.safetensors")
 CHECKPOINTS = "checkpoints"
 PUBLISHED = re.compile(r"(hf-hub:)?(?!\.)[\w.-]+/(?!\.)[\w.-]+|(?!\.)[\w.-]+ / (?!\.)[\w.-]+")
-REMEDY = "fetch it again, or make it anew with: make release"
+REMEDY = "fetch it again, or make it anew with: mer release"
 # What belongs to a machine, not to a model
 RUNTIME = {"device": "auto", "workers": "auto", "executor": "local", "ray_address": "auto", "batch_memory_mb": "auto"}
 ASKING = {"base_url": None, "api_key_env": "OPENAI_API_KEY", "batch": False}
@@ -178,14 +178,14 @@ def _read_index(bundle: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise PipelineError(f"{bundle}: no release bundle: found no {INDEX}; expected what `make release` writes"
+        raise PipelineError(f"{bundle}: no release bundle: found no {INDEX}; expected what `mer release` writes"
                             ) from None
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path}: can't be read ({error}); {REMEDY}") from None
     found = index.get("schema") if isinstance(index, dict) else None
     if found != SCHEMA:
         raise PipelineError(f"{path}: schema {found}, expected {SCHEMA}; use the version of this program that wrote "
-                            f"it, or make it anew with: make release")
+                            f"it, or make it anew with: mer release")
     files = index.get("files")
     if not isinstance(files, dict) or not {PARAMS, *(f"ensemble/{name}" for name in ENSEMBLE)} <= files.keys():
         raise PipelineError(f"{path}: does not list {PARAMS}, {' and '.join(ENSEMBLE)}; {REMEDY}")
