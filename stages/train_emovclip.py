@@ -16,7 +16,7 @@ import numpy as np
 
 from stages.engine.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
 from stages.engine.errors import PipelineError, run_stage
-from stages.engine.files import empty_folder, write_json, write_rows, write_tensors
+from stages.engine.files import empty_folder, file_digest, write_json, write_rows, write_tensors
 from stages.engine.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
 from stages.engine.manifest import read_folds, read_manifest
 from stages.engine.params import EmoVCLIP, Params, load
@@ -88,9 +88,13 @@ def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[li
 
 
 def trained_for(e: EmoVCLIP, folds: int) -> dict[str, Any]:
-    """What the prompts belong to, `folds` files of them: the encoder refuses them for another checkpoint."""
+    """What the prompts belong to, `folds` files of them: the encoder refuses them for another checkpoint.
+
+    code: of the towers; dvc.yaml's extract can't name it for EmoVCLIP's row alone, so it tells that row of a change.
+    """
     return {**e.model_dump(include={"checkpoint", "revision", "dtype", "scope", "prompts", "depth"}),
-            "digest": checkpoint_digest(e.checkpoint).hex(), "folds": folds}
+            "digest": checkpoint_digest(e.checkpoint).hex(), "folds": folds,
+            "code": file_digest(Path(__file__).parent / "encoders/clip.py")}
 
 
 def train_all(p: Params, device: str) -> list[list[float]]:

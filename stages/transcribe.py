@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.encoders.assembly import recognise_work
 from stages.engine.devices import stage_devices
 from stages.engine.errors import run_stage
 from stages.engine.extraction import write_store
@@ -26,6 +25,8 @@ OUT = Path("data/transcripts.csv")
 
 def recognize(clip_ids: Sequence[str], p: Params) -> dict[str, str]:
     """Texts of those clips that have usable audio, by clip; "" where nothing was recognised."""
+    from stages.encoders.asr import recognise_work
+
     options = p.transcribe.model_dump()
     audio = Store(AUDIO)
     known = {clip_id: i for i, clip_id in enumerate(audio.clip_ids)}

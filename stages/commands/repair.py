@@ -5,10 +5,10 @@
 
 A shard may lie in three places, as one file linked or as copies: the out folder, .cache/parts and DVC's cache. DVC
 trusts its cache unseen: when only the out folder is removed, it brings the damaged file back, and even `dvc repro -f`
-leaves it in the cache. So every shard of the folder and every finished part of its stage is read whole, and every cached
-file of the folder is compared with its checksum. What was read and found wrong is removed, and nothing else; what can't
-be read just now stops the repair. DVC then restores the rest from a sound cache or runs the stage, which makes the
-missing parts.
+leaves it in the cache. So every shard of the folder and every finished part of its stage is read whole, and every
+cached file of the folder is compared with its checksum. What was read and found wrong is removed, and nothing else;
+what can't be read just now stops the repair. DVC then restores the rest from a sound cache or runs the stage, which
+makes the missing parts.
 """
 
 import argparse

@@ -13,8 +13,7 @@ from stages.encoders.pooling import encoded_row
 from stages.engine.encoding import Encode, Encoder
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
-from stages.engine.params import Extractor, Runtime, Transcribe, describe
-from stages.engine.store import Row
+from stages.engine.params import Extractor, Runtime, describe
 
 
 def make_encoder(device: str, name: str, row: Extractor) -> Encoder:
@@ -36,21 +35,6 @@ def encode_work(
     """The engine's work that encodes and pools what `read` gives for a clip's item."""
     make = partial(make_encoder, name=name, row=row)
     return Encode(make, read, partial(encoded_row, keep_frames=keep_frames), runtime)
-
-
-def recognise_work(transcribe: Transcribe, read: Callable[[Any], Any], runtime: Runtime) -> Encode:
-    """The engine's work that recognises speech; its rows hold the texts."""
-    return Encode(partial(_make_recognizer, transcribe=transcribe), read, _text_row, runtime)
-
-
-def _make_recognizer(device: str, transcribe: Transcribe) -> Encoder:
-    from stages.encoders.asr import Config, Recognizer
-
-    return Recognizer(Config(**transcribe.model_dump()), device)
-
-
-def _text_row(_: Encoder, clip_id: str, text: str) -> Row:
-    return Row(clip_id, values=text)
 
 
 def loaded_digest(row: Extractor) -> bytes:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.encoders.assembly import recognise_work
 from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
 from stages.engine.inputs import identity, ranked_item, row_inputs
@@ -61,6 +60,8 @@ def find_texts(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str
 def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, str]:
     """Texts of those clips that have usable audio, as the stage transcribe makes them."""
     from tqdm import tqdm
+
+    from stages.encoders.asr import recognise_work
 
     decoding = Decoding(clips, media_functions(p, {"audio"}), workers)
     work = recognise_work(p.transcribe, identity, p.runtime)
