@@ -38,9 +38,9 @@ from stages.encoders.checkpoints import DTYPES, Dtype
 from stages.encoders.pooling import pooled_row
 from stages.engine.devices import pick_device, set_threads
 from stages.engine.encoding import Encode, Encoder, StoreReader
-from stages.engine.extraction import Input
 from stages.engine.params import Runtime
 from stages.engine.store import Row, write_index, write_shard
+from stages.engine.work import Input
 
 RATE = 24000  # Hz, as extract_audio stores
 SHARD = 64  # clips, as in the presets

@@ -26,7 +26,7 @@ from stages.encoders import hubert
 from stages.encoders.pooling import pooled_row
 from stages.engine.devices import stage_devices
 from stages.engine.encoding import Encode, StoreReader, store_inputs
-from stages.engine.extraction import Stage, extract
+from stages.engine.extraction import write_store
 from stages.engine.fingerprint import PARTS
 from stages.engine.params import Params, load
 
@@ -46,7 +46,7 @@ def seconds(p: Params, checkpoint: Path) -> float:
                   partial(pooled_row, keep_frames=False, variance=True), p.runtime)
     stage = Stage("ray_overhead", Path("out") / p.runtime.executor, "features", {"variance": True}, "benchmark")
     start = time.perf_counter()
-    extract(stage, store_inputs("audio"), work, p, stage_devices(p.runtime))
+    write_store(stage, store_inputs("audio"), work, p, stage_devices(p.runtime))
     return time.perf_counter() - start
 
 

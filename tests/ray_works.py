@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.engine.extraction import Input
 from stages.engine.store import Row
+from stages.engine.work import Input
 
 LOG = Path("log")  # in the shared folder: a line "clip node" whenever a clip is computed
 

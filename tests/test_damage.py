@@ -21,7 +21,7 @@ from stages.engine.store import INDEX, Row, Store, check_shard, write_index, wri
 
 ROOT = Path(__file__).parent.parent
 SHARD = "shard-00000.h5"
-COMMAND = re.compile(r"rebuild it with: (python -m stages\.repair \S+ && dvc repro)$")
+COMMAND = re.compile(r"rebuild it with: (mer repair \S+ && dvc repro)$")
 FLIPS, CUTS = 80, 20
 
 

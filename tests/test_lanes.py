@@ -20,9 +20,9 @@ from stages.encoders import baichuan, clip, hubert
 from stages.encoders.pooling import pooled_row
 from stages.engine.devices import lanes
 from stages.engine.encoding import Encode
-from stages.engine.extraction import Input
 from stages.engine.params import Runtime
 from stages.engine.store import Row
+from stages.engine.work import Input
 from stages.fusion import training
 from stages.fusion.features import fold_statistics
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from engine import small_shards, stage
+from engine import small_shards, target
 
 from stages.crop_faces import faces_row
 from stages.engine.errors import PipelineError, Skip
-from stages.engine.extraction import Input, extract
+from stages.engine.extraction import write_store
 from stages.engine.params import Params
 from stages.engine.per_clip import PerClip
 from stages.engine.store import Store
+from stages.engine.work import Input
 from stages.media.openface import crop_clip, find_binary
 
 # It behaves as the clip is called. Like the real one it cuts the output's name at a dot, and writes ", " in its CSV.
@@ -162,7 +163,7 @@ def test_one_clips_failure_does_not_stop_the_rest(clips: Path, monkeypatch: pyte
     kinds = ["good", "nothing", "crashes", "several", "hangs", "lost"]
     inputs = [Input(kind, str(clips / f"{kind}-1.2 你.mp4"), kind.encode()) for kind in kinds]
     function = partial(faces_row, faces=faces, time_limit=3)
-    extract(stage(kind="images"), inputs, PerClip(function, workers=2, timeout=30), p, ["cpu"])
+    write_store(target(kind="images"), inputs, PerClip(function, workers=2, timeout=30), p, ["cpu"])
     store = Store("out/some_stage")
     assert dict(zip(kinds, store.present.tolist(), strict=True)) == {
         "good": True, "nothing": False, "crashes": False, "several": True, "hangs": False, "lost": True}

@@ -17,10 +17,10 @@ from stages import transcribe
 from stages.encoders.asr import Config, Recognizer
 from stages.engine.encoding import Ahead, Encode
 from stages.engine.errors import PipelineError, Skip
-from stages.engine.extraction import Input
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import load
 from stages.engine.store import Row, write_index, write_shard
+from stages.engine.work import Input
 
 ROOT = Path(__file__).parents[1]
 RATE = 24_000
