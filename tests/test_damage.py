@@ -20,7 +20,7 @@ from stages.engine.store import INDEX, Row, Store, check_shard, feature_row, wri
 
 ROOT = Path(__file__).parent.parent
 SHARD = "shard-00000.h5"
-COMMAND = re.compile(r"rebuild it with: (python -m stages\.repair \S+ && dvc repro)$")
+COMMAND = re.compile(r"rebuild it with: (mer repair \S+ && dvc repro)$")
 FLIPS, CUTS = 80, 20
 
 
@@ -127,7 +127,7 @@ def flip(path: Path) -> None:
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 0x20]))
-    os.chmod(path, 0o444)  # as DVC leaves it, and trusts it
+    os.chmod(path, 0o444)  # as DVC leaves it; a read-only file is not checked again
 
 
 def damaged_objects(folder: Path) -> list[Path]:
