@@ -1,7 +1,7 @@
 """Stage train_emovclip: prompts for the frozen CLIP [paper 3.2], per fold on its training part, in models/emovclip/.
 
 With emovclip.scope: all one set of prompts sees every labelled clip, validation parts too (metrics then say leaky).
-Every epoch writes its state to .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
+Every epoch leaves its state in .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ def train_all(p: Params, device: str) -> list[list[float]]:
             with replacing(OUT / f"{part}.safetensors", "wb") as file:
                 tensors = {n: t.detach().cpu().contiguous() for n, t in clip.prompts.named_parameters()}
                 file.write(save(tensors))
-    shutil.rmtree(state, ignore_errors=True)  # the outs are complete, and only resuming needs the states
+    shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
     return rows
 
 
