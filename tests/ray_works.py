@@ -63,7 +63,7 @@ class Words:
 
 
 class Ramps:
-    """An encoder that takes its time: clip i is i + 2 frames of four numbers."""
+    """A slow encoder: clip i is i + 2 frames of four numbers."""
 
     dimension, unit_bytes, padded, concurrent = 4, 1000, True, True
 

@@ -128,7 +128,7 @@ def flip(path: Path) -> None:
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 0x20]))
-    os.chmod(path, 0o444)  # as DVC leaves it, and trusts it
+    os.chmod(path, 0o444)  # as DVC leaves it; a read-only file is not checked again
 
 
 def damaged_objects(folder: Path) -> list[Path]:

@@ -170,7 +170,7 @@ def test_decoding_goes_on_while_the_device_computes_but_not_without_bound(monkey
         chunks = iter(ahead)
         assert next(chunks) == clips[:3]
         wait_until(lambda: len(started) >= 10)
-        time.sleep(0.1)  # a thread that went too far would show by now
+        time.sleep(0.1)  # time for a thread to exceed the limit, if none stopped it
         assert 10 <= len(started) <= 14  # the second chunk's clips too; what runs while the limit is met may finish
         for _ in range(3):
             ahead.take()

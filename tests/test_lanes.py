@@ -77,7 +77,7 @@ class Prepared:
         self.size, self.concurrent = encoder.size, encoder.concurrent
         self._encoder, self._prepared = encoder, prepared
         self.threads: set[int] = set()
-        self.together = threading.Barrier(2, timeout=30)  # the first two calls meet: they do run at once
+        self.together = threading.Barrier(2, timeout=30)  # the first two calls wait for each other: both must run
         self.calls = 0
 
     def prepare(self, item: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from stages.engine.store import Store
 from stages.engine.work import Input
 from stages.media.openface import crop_clip, find_binary
 
-# It behaves as the clip is called. Like the real one it cuts the output's name at a dot, and writes ", " in its CSV.
+# The clip's name says how it behaves. Like the real one it cuts the output's name at a dot, and writes ", " in its CSV.
 STAND_IN = """#!{python} -SE
 import os, sys, time, subprocess
 from pathlib import Path
@@ -61,7 +61,7 @@ ONE_FACE = [(frame, 0, 0.9, 1, 80) for frame in range(1, 7)]
 KINDS = {
     "good": ONE_FACE,
     "unsure": [(1, 0, 0.98, 1, 80), (2, 0, 0.2, 1, 80), (3, 0, 0.0, 0, 80)],
-    # a bystander comes first and surely; the speaker is larger and stays
+    # a bystander is detected first, with more confidence; the speaker is larger and in more frames
     "several": [(1, 0, 0.99, 1, 30), (2, 0, 0.99, 1, 30), (2, 1, 0.9, 1, 90), (3, 1, 0.9, 1, 90), (4, 1, 0.9, 1, 90)],
     "faceless": [(frame, 0, 0.0, 0, 80) for frame in range(1, 7)],
     "empty": [],

@@ -75,7 +75,7 @@ def test_no_readable_clip_is_exit_code_1(
 
 
 def test_words_are_recognised_where_none_are_given(trained_copy: Path) -> None:
-    torch.manual_seed(0)  # some random networks hear nothing at all
+    torch.manual_seed(0)  # some random networks recognise no text
     make_ctc(trained_copy / "models/ctc", "layer")
     change("transcribe.checkpoint", "models/ctc")
     run_predict("clips", "--transcripts", word_table({"a": SENTENCES[0]}), "--out", "p.csv")
@@ -123,7 +123,7 @@ def test_attention_is_what_weighs_the_encodings() -> None:
     softmax, attention = ensemble.predict_with_attention(inputs, rows)
     assert attention.shape == (2, 3, 9, 3) and (attention == torch.tensor([0.0, 2.0, -1.0])).all()
     assert torch.equal(softmax, ensemble.predict(inputs, rows))
-    encoder = by_name["encoders.sound.linear_3.weight"]  # a modality that weighs nothing has no say
+    encoder = by_name["encoders.sound.linear_3.weight"]  # a modality of weight 0 has no influence
     encoder.uniform_(-1, 1)
     assert torch.equal(softmax, ensemble.predict(inputs, rows))
 

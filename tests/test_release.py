@@ -104,7 +104,7 @@ def bundle(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def reindex(bundle: Path, **changes: object) -> None:
-    """Make the index fit the files as they are now, as whoever means harm would."""
+    """Make the index fit the files as they are now, as an attacker would."""
     import hashlib
 
     index = json.loads((bundle / INDEX).read_text())
@@ -178,7 +178,7 @@ def edit(bundle: Path, key: str, value: object) -> None:
 
 
 def test_a_bundle_names_no_program_server_or_key(bundle: Path) -> None:
-    """What would run something, or send the environment's secrets somewhere, is the machine's own affair."""
+    """What would run something, or send the environment's secrets somewhere, is set on the machine alone."""
     edit(bundle, "rankings.base_url", "http://evil.example/v1")
     edit(bundle, "rankings.api_key_env", "AWS_SECRET_ACCESS_KEY")
     edit(bundle, "faces.detector", "openface")

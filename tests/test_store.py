@@ -1,4 +1,4 @@
-"""The shard store: what goes in comes out, same bytes for same content, damage is found and named."""
+"""The shard store: what was written is read back, same bytes for same content, damage is found and named."""
 
 from pathlib import Path
 

@@ -28,7 +28,7 @@ CHARACTERS = list("我你他不好开心难过生气怎么来了是")
 
 
 def speech(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
-    """int16 (n,): a wandering tone with noise, so that a random network says something that varies."""
+    """int16 (n,): a wandering tone with noise, so that a random network's output varies."""
     noise = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     pitch = 200 + 150 * np.sin(2 * np.pi * (0.7 + 0.3 * seed) * time)
@@ -142,7 +142,7 @@ def make_whisper(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Miniature models: threads only get in each other's way."""
+    """Miniature models: several threads only slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from stages.engine.errors import PipelineError, run_stage
 
-DECIMALS = 8  # all that float32 knows
+DECIMALS = 8  # float32 has no more
 
 if TYPE_CHECKING:
     from stages.inference.predictor import Prediction

@@ -36,7 +36,7 @@ def hubert_config(large: bool) -> "HubertConfig":
 
 
 def decoder_config(size: DecoderSize) -> dict[str, Any]:
-    """config.json as Baichuan's have it: the 7B's rotary positions show in the key of the longest text."""
+    """config.json as Baichuan's: max_position_embeddings with rotary positions, else model_max_length."""
     return {
         "model_type": "baichuan", "vocab_size": size.vocabulary, "hidden_size": size.width,
         "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,

@@ -253,7 +253,7 @@ def main(arguments: Sequence[str]) -> None:
     p = load()
     found = collect([rows[name] for name in names])
     if not found:
-        raise PipelineError(f"params.yaml: has not the features that {', '.join(names)} would need")
+        raise PipelineError(f"params.yaml: lacks the features that {', '.join(names)} would need")
     with replacing(OUT) as file:
         file.write(render(found, p.corpus.adapter))
     print(f"\n{OUT.read_text(encoding='utf-8')}\n{OUT}")

@@ -8,7 +8,7 @@
 
 Opening one executes nothing of it: JSON, YAML's safe subset, safetensors, and .bin weights through weights_only. No
 path in it can lead out of it, and it can't name a program to run, a server to ask or a variable that holds a key:
-those are the machine's own affair. The digests find damage; they are no signature.
+those are set on the machine. The digests detect damage; they are not a signature.
 """
 
 import json
@@ -113,8 +113,8 @@ def _take_checkpoints(folder: Path, values: dict[str, Any], keys: Sequence[str])
         checkpoint = Path(_get(values, key))
         if checkpoint.is_dir():
             if not Path(os.path.abspath(checkpoint)).is_relative_to(Path.cwd()):
-                raise PipelineError(f"params.yaml: {key}: {checkpoint} lies outside the repository; a release takes "
-                                    f"along what lies inside; link it below models/, or give its published name")
+                raise PipelineError(f"params.yaml: {key}: {checkpoint} lies outside the repository; a release can "
+                                    f"only hold what lies inside; link it below models/, or give its published name")
             if checkpoint not in copied:
                 copied[checkpoint] = _copy_checkpoint(checkpoint, folder, set(copied.values()))
             _set(values, key, copied[checkpoint])

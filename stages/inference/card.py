@@ -16,7 +16,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PipelineError(f"{path}: not found; a release says how good it is: make it with: dvc repro") from None
+        raise PipelineError(f"{path}: not found; a release's card shows its figures: make it with: dvc repro") from None
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path}: can't be read ({error}); make it anew with: dvc repro") from None
 
