@@ -72,7 +72,7 @@ def main() -> None:
         return
     check_corpus(p)
     for folder in (DATA, MODELS):
-        (folder / "README.txt").write_text(f"No demo here: corpus.adapter is {p.corpus.adapter}.\n")
+        (folder / "README.txt").write_text(f"Empty, since corpus.adapter is {p.corpus.adapter}, not demo.\n")
 
 
 if __name__ == "__main__":

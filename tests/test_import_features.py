@@ -278,7 +278,6 @@ def test_folders_that_are_not_the_users_are_refused(request_: Request, folder: s
 
 
 @pytest.mark.parametrize("pair", ["voice", "=x", "Voice=x", "emovclip=x", "../up=x"])
-def test_modalities_need_a_name_and_a_folder(monkeypatch: pytest.MonkeyPatch, pair: str) -> None:
-    monkeypatch.setattr("sys.argv", ["import_features", "meld", pair, "--labels", "x.csv"])
+def test_modalities_need_a_name_and_a_folder(pair: str) -> None:
     with pytest.raises(PipelineError, match="expected NAME=FOLDER"):
-        importing.main()
+        importing.main(["meld", pair, "--labels", "x.csv"])

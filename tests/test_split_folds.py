@@ -1,4 +1,4 @@
-"""Folds: stratified, seeded, and never through a group."""
+"""Folds: stratified, seeded, and a group is never split."""
 
 import warnings
 from collections import Counter

@@ -166,9 +166,9 @@ def write_data(request: Request, entries: list[Entry], target: Path) -> None:
                                 f"{shown([path.name for path in files.values()])}")
         absent.append(set(write_features(target / "features" / name, name, clip_ids, files)))
         if absent[-1]:
-            print(f"import_features: {len(absent[-1])} of {len(clip_ids)} clips are absent from {name}")
+            print(f"import-features: {len(absent[-1])} of {len(clip_ids)} clips are absent from {name}")
     if everywhere := sorted(set.intersection(*absent)):
-        print(f"warning: import_features: {len(everywhere)} clips are absent from every modality, and can only be "
+        print(f"warning: import-features: {len(everywhere)} clips are absent from every modality, and can only be "
               f"guessed: {shown(everywhere)}", file=sys.stderr)
     clips = [Clip(e.clip_id, "", e.split, e.label if e.split == "labelled" else "", e.transcript, e.group, None, 0, "")
              for e in entries]
@@ -270,15 +270,15 @@ def import_features(request: Request) -> None:
     (request.folder / ".gitignore").write_text(IGNORED)
     p = load_fusion(own)
     counts = ", ".join(f"{sum(entry.split == split for entry in entries)} {split}" for split in ORDER)
-    print(f"import_features: {counts} clips; classes {', '.join(p.corpus.labels)}; the fusion uses "
+    print(f"import-features: {counts} clips; classes {', '.join(p.corpus.labels)}; the fusion uses "
           f"{', '.join(p.fusion.modalities)} ({own})\nNow: cd {request.folder} && dvc repro")
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def parse() -> Request:
-    parser = argparse.ArgumentParser(prog="mer import-features",
+def parse(arguments: Sequence[str]) -> Request:
+    parser = argparse.ArgumentParser("mer import-features", allow_abbrev=False,
                                      description="Feature files and labels into a folder where dvc repro starts at the "
                                                  "fusion")
     parser.add_argument("folder", type=Path, help="the folder to make, in the repository")
@@ -289,7 +289,7 @@ def parse() -> Request:
                         help="clips that have features but no row in a CSV (error)")
     parser.add_argument("--max-missing", type=float, default=0.1, metavar="SHARE",
                         help="of the clips that may lack a file in a modality (0.1)")
-    values = parser.parse_args()
+    values = parser.parse_args(arguments)
     features: dict[str, Path] = {}
     for pair in values.features:
         name, _, folder = pair.partition("=")
@@ -300,9 +300,9 @@ def parse() -> Request:
     return Request(values.folder, features, values.labels, values.test, values.unlisted, values.max_missing)
 
 
-def main() -> None:
-    import_features(parse())
+def main(arguments: Sequence[str]) -> None:
+    import_features(parse(arguments))
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from stages.corpora.layout import Entry, shown
 from stages.engine.devices import pick_workers
-from stages.engine.errors import Skip
+from stages.engine.errors import PipelineError, Skip, describe
 from stages.engine.files import file_digest
 from stages.engine.manifest import Clip
 from stages.engine.params import Params
@@ -41,6 +41,8 @@ def examine_all(p: Params, entries: list[Entry]) -> list[Clip]:
     for path, result in zip(paths, tqdm(results, "corpus", len(paths), unit="clip", mininterval=1), strict=True):
         if isinstance(result, Skip):  # its reader died or hung: the later stages will record why they can't use it
             result = (root / path).stat().st_size, file_digest(root / path), None
+        if isinstance(result, (OSError, MemoryError)):
+            raise PipelineError(f"{root / path}: {describe(result)}")
         files[path] = result
     pool.close()
     late = [entry.clip_id for entry in entries if _ends_late(entry, files[entry.path][2])]

@@ -6,7 +6,8 @@ Whisper was trained on, are cut into windows at the quietest moment near the end
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from pydantic.dataclasses import dataclass
 
 from stages.encoders.checkpoints import DTYPES, Dtype, read_json, resolve
 from stages.encoders.heads import load_part, load_with_head
+from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError, Skip
+from stages.engine.params import Runtime, Transcribe
+from stages.engine.store import Row
 
 WINDOW_SECONDS = 30
 SEARCH_SECONDS = 5  # the quietest moment is looked for in this last part of a window
@@ -35,6 +39,19 @@ class Config:
     revision: str | None
     language: str | None  # for checkpoints that take one; the others ignore it
     dtype: Dtype
+
+
+def recognise_work(transcribe: Transcribe, read: Callable[[Any], Any], runtime: Runtime) -> Encode:
+    """The engine's work that recognises what `read` gives for a clip's item; its rows hold the texts."""
+    return Encode(partial(_make, config=Config(**transcribe.model_dump())), read, _text_row, runtime)
+
+
+def _make(device: str, config: Config) -> "Recognizer":
+    return Recognizer(config, device)
+
+
+def _text_row(_: Any, clip_id: str, text: str) -> Row:
+    return Row(clip_id, values=text)
 
 
 class Recognizer:

@@ -55,6 +55,7 @@ class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per token in a batch."""
 
     padded, concurrent = True, True
+    variance = True  # over time is a feature
 
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)

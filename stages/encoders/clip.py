@@ -232,6 +232,7 @@ class ImageEncoder:
 
     padded = False  # a clip of any number of images may share a batch with others, or be cut
     concurrent = True
+    variance = True  # over a clip's images is a feature
 
     def __init__(self, visual: Any, features: Callable[[torch.Tensor], torch.Tensor], device: str, dtype: torch.dtype):
         self._images, self._features = Images(visual), features

@@ -183,7 +183,7 @@ def robustness_table(run: Run, predict: Callable[[frozenset[str]], tuple[np.ndar
 
 
 def warnings(run: Run, rounds_asked: int, k: int) -> list[str]:
-    """What a reader must know before trusting the figures: fallbacks that were taken, and thin data."""
+    """What a reader must know before trusting the figures: fallbacks that were taken, and too few clips."""
     found = duplicate_warnings(run.duplicates)
     counts = run.manifest["split"].value_counts()
     if rounds_asked and not counts.get("unlabelled", 0):

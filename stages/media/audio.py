@@ -6,7 +6,8 @@ call uses. (soxr is a little sharper near the Nyquist frequency, but needs the w
 and a downmix of our own.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import av
@@ -14,9 +15,21 @@ import numpy as np
 from av.audio.frame import AudioFrame
 
 from stages.engine.errors import Skip
+from stages.engine.params import Params
+from stages.engine.store import Row
 from stages.media.clip import Reader, damage_note, describe
 
 SOURCE_RATES = (1_000, 768_000)  # Hz; a damaged header can say 1 Hz, and a minute would fill the memory
+
+
+def audio_decoder(p: Params) -> Callable[[str, str], Row]:
+    """As the stage extract_audio and predict decode a clip's sound: int16 samples at audio.sample_rate."""
+    return partial(_audio_row, sample_rate=p.audio.sample_rate)
+
+
+def _audio_row(clip_id: str, path: str, sample_rate: int) -> Row:
+    samples, note = load_audio(path, sample_rate)
+    return Row(clip_id, values=samples, reason=note)
 
 
 def load_audio(path: str | Path, sample_rate: int) -> tuple[np.ndarray, str]:

@@ -2,6 +2,9 @@
 
 PyAV brings its own FFmpeg, so no system package is needed. A packet that can't be decoded is passed
 over and counted: a clip with a scratch keeps its other frames, and the caller gets a note about it.
+
+FFmpeg reports a disk that fails and a stream that is damaged in the same words. So whatever goes wrong, the file is
+read once more as plain bytes: if that fails, the machine is at fault (OSError), else the clip.
 """
 
 from collections.abc import Iterator
@@ -22,21 +25,28 @@ OPTIONS = {
     "protocol_whitelist": "file",
 }
 Kind = Literal["audio", "video"]
+READ_BYTES = 16 << 20  # and as much memory as a sound clip may need at once
 MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
 SLACK_SECONDS = 0.1  # codecs pad and trim by a few thousand samples
 SLACK_SHARE = 0.02
 
 
 def open_clip(path: str | Path) -> InputContainer:
-    """Open a clip for reading, whatever its extension says. Skip if it is not a media file."""
+    """Open a clip for reading, whatever its extension says. Skip if it is not a media file, OSError if it is away."""
     try:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol
         container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")
-    except FileNotFoundError:
-        raise Skip("file is missing") from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        require_readable(path)
         raise Skip(f"file can't be opened: {describe(error)}") from None
     return container
+
+
+def require_readable(path: str | Path) -> None:
+    """Raises OSError where the machine can't read the file's bytes, MemoryError where it has no memory to do so."""
+    with open(path, "rb", buffering=0) as file:
+        while file.read(READ_BYTES):
+            pass
 
 
 def describe(error: Exception) -> str:
@@ -54,7 +64,7 @@ class Reader:
     """
 
     def __init__(self, path: str | Path, kind: Kind):
-        self.container = open_clip(path)
+        self.path, self.container = path, open_clip(path)
         try:
             self.stream = self._best_stream(kind)
         except Skip:
@@ -66,8 +76,10 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.container.close()
+        if self.damaged or kind is not None:
+            require_readable(self.path)
 
     def _best_stream(self, kind: Kind) -> Any:
         streams = [

@@ -1,6 +1,7 @@
 """Frames of a clip: a uniform sample as JPEG for the store, or every n-th as arrays for the detector."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,19 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from stages.engine.errors import Skip
+from stages.engine.params import Params
+from stages.engine.store import Row
 from stages.media.clip import Reader, damage_note
+
+
+def frames_decoder(p: Params) -> Callable[[str, str], Row]:
+    """As the stage slice_frames and predict decode a clip's frames: JPEG, with their indices."""
+    return partial(_frames_row, **p.frames.model_dump())
+
+
+def _frames_row(clip_id: str, path: str, per_clip: int | None, short_side: int, quality: int) -> Row:
+    images, indices, note = sample_frames(path, per_clip, short_side, quality)
+    return Row(clip_id, values=images, reason=note, items={"frame": indices})
 
 
 def sample_frames(
