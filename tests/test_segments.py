@@ -1,15 +1,19 @@
 """Clips that are segments of longer files, as IEMOCAP and MOSEI have them."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_corpus import Repository, table
+from test_corpus import ROOT, Repository, table
 from test_folders import write_sound
 
 from stages.corpora import csv_file
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Clip, read_manifest, write_manifest
+from stages.engine.store import Store
+from stages.media.audio import load_audio
 
 HEADER = "path,split,label,start,end"
 
@@ -62,6 +66,21 @@ def test_the_manifest_of_a_corpus_of_segments(tmp_path: Path) -> None:
     assert clips["d_0.0-1.5"].digest == hashlib.sha256(f"{whole} 0.0 1.5".encode()).hexdigest()
     assert clips["e"].digest == hashlib.sha256((tmp_path / "corpus/e.wav").read_bytes()).hexdigest()
     assert clips["d_0.0-1.5"].bytes == (tmp_path / "corpus/d.wav").stat().st_size
+
+
+def test_the_media_stages_store_each_segments_own_sound(tmp_path: Path) -> None:
+    write_sound(tmp_path / "corpus/d.wav", seconds=4.0, rate=24000)
+    table(tmp_path / "corpus/clips.csv", HEADER, "d.wav,labelled,joy,0.5,1.5", "d.wav,labelled,fear,3.25,")
+    repository = Repository(tmp_path, adapter="csv", path="corpus", truth=None, labels=["joy", "fear"])
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "stages").symlink_to(ROOT / "stages")
+    repository.run("corpus")
+    repository.run("extract_audio")
+    store = Store(tmp_path / "data/audio")
+    whole, _ = load_audio(tmp_path / "corpus/d.wav", 24000)
+    assert store.clip_ids == ["d_0.5-1.5", "d_3.25-end"] and not any(store.reasons)
+    np.testing.assert_array_equal(store.read("d_0.5-1.5"), whole[12000:36000])
+    np.testing.assert_array_equal(store.read("d_3.25-end"), whole[78000:])
 
 
 def test_a_manifest_without_segments_has_no_columns_for_them(tmp_path: Path) -> None:

@@ -27,6 +27,24 @@ class Clip:
     end: float | None = None
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A part of a media file, in seconds from its start; end None: to the file's end."""
+
+    path: str
+    start: float = 0.0
+    end: float | None = None
+
+
+Source = str | Path | Segment  # what is decoded as one clip
+
+
+def source_of(clip: Clip, root: Path) -> str | Segment:
+    """Where the clip's media lie; root: corpus.path."""
+    path = str(root / clip.path)
+    return path if clip.start is None and clip.end is None else Segment(path, clip.start or 0.0, clip.end)
+
+
 SEGMENT = ["start", "end"]  # columns of a corpus with segments only
 COLUMNS = [field.name for field in fields(Clip) if field.name not in SEGMENT]
 
