@@ -60,6 +60,7 @@ READ: dict[str, tuple[bytes, dict[str, str]]] = {
     "another order, and an index": (b",transcript,name,label\n0,hm,a,sad\n1,oh,b,sad\n", {"a": "hm", "b": "oh"}),
     "a comma at the end of every line": (b"name,label,transcript,\na,sad,hm,\n", {"a": "hm"}),
     "a comma at the end of every row": (HEADER + b"a,sad,hm,\nb,sad,hm,\n", {"a": "hm", "b": "hm"}),
+    "optional cells left off": (b"name,label,transcript,group,start\na,sad,hm\nb,sad,oh,s1\n", {"a": "hm", "b": "oh"}),
     "no row": (HEADER, {}),
     "no newline at the end": (HEADER + "a,sad,我".encode(), {"a": "我"}),
 }

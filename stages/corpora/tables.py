@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +29,8 @@ class Row:
 
 
 def read_lines(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]]:
-    """(the header's columns, the rows) of a CSV in UTF-8 with at least `columns`, every row as wide as its header.
+    """(the header's columns, the rows) of a CSV in UTF-8 with at least `columns`, every row with a cell for each of
+    those and none beyond the header's; cells that a row lacks at its end are empty.
 
     Raises PipelineError naming the file, the line and the fault.
     """
@@ -110,10 +112,11 @@ def _swallows_rows(cell: str, width: int) -> bool:
 
 
 def _row(path: Path, line: int, cells: list[str], header: list[str], columns: Sequence[str], surplus: bool) -> Row:
-    found = {column: cell.strip() for column, cell in zip(header, cells, strict=False) if column}
+    found = {column: cell.strip() for column, cell in zip_longest(header, cells[: len(header)], fillvalue="") if column}
     if columns and not found.get(columns[0]):
         _refuse(path, line, f"no {columns[0]}; expected one in every row")
-    if len(cells) < len(header) or (len(cells) > len(header) and not surplus):
+    least = max((header.index(column) + 1 for column in columns), default=0)
+    if len(cells) < least or (len(cells) > len(header) and not surplus):
         _refuse(path, line, f"{len(cells)} cells, expected {len(header)} as the header has; put a cell that holds a "
                             f"comma in double quotes")
     return Row(line, found)
