@@ -241,7 +241,8 @@ def test_a_clip_absent_everywhere_stays_with_a_warning(request_: Request, capsys
 
 def test_names_of_clip_files_and_files_in_capitals_are_the_clips(request_: Request) -> None:
     lines = Path("mine/labels.csv").read_text().splitlines()
-    named = [line.replace(",", ".MP4,", 1) if i % 2 else line for i, line in enumerate(lines[1:])]
+    named = [line.replace(",", ".MP4,", 1) if i % 2 else line.replace("train", "Train").replace("test", "TEST")
+             for i, line in enumerate(lines[1:])]
     Path("mine/labels.csv").write_text("\n".join([lines[0], *named]) + "\n")
     Path("mine/face-FRA/Ses01.000.npy").rename("mine/face-FRA/Ses01.000.NPY")
     import_features(request_)

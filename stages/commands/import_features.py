@@ -137,10 +137,10 @@ def _entry(row: LabelRow, label: str) -> Entry:
         raise PipelineError(f"{row.where!r}: not a clip's name")
     split, asked = row.split, row.cells.get("split")
     if asked:
-        if asked not in SPLITS:
+        if asked.casefold() not in SPLITS:
             raise PipelineError(f"{row.where}: found split {asked!r}, expected train, test or unlabelled (folds for "
                                 f"validation are cut from train: call such rows train, or leave them out)")
-        split = SPLITS[asked]
+        split = SPLITS[asked.casefold()]
     if split == "labelled" and not label:
         raise PipelineError(f"{row.where}: a clip to train on without a label; give it one, or the split unlabelled")
     transcript = row.cells.get("transcript") or row.cells.get("chinese", "")
