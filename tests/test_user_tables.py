@@ -19,6 +19,8 @@ HEADER = b"name,label,transcript\n"
 REFUSED: dict[str, tuple[bytes, str]] = {
     "an unquoted comma": (HEADER + b"a,sad,hm\nb,sad,No, I will not\n", "line 3: 4 cells, expected 3"),
     "an unquoted comma in the last row": (HEADER + b"a,sad,Well,\nb,sad,hm\n", "line 2: 4 cells, expected 3"),
+    "a cell below no name": (b"name,label,transcript,\na,sad,No, I will not\n",
+                             "line 2: 'I will not' is in a column without a name"),
     "a row that is cut off": (HEADER + b"a,sad,hm\nb,sad\n", "line 3: 2 cells, expected 3"),
     "a line break outside quotes": (HEADER + b"a,sad,I will\nnot\n", "line 3: 1 cells, expected 3"),
     "an open quote": (HEADER + b'a,sad,"oh no\nb,sad,hm\nc,sad,hm\n', "line 2: a quote opens in this row"),

@@ -50,6 +50,8 @@ def scan(folder: Path, deep: bool) -> Found:
     left_out: dict[str, list[str]] = defaultdict(list)
     for path in sorted(_entries(folder, deep, left_out), key=lambda path: path.suffix.lower() in SOUND):
         kind = HIDDEN if path.name.startswith(".") else what_is(path)
+        if kind == "folder" and path.is_symlink():
+            kind = "link to a folder"
         kind = kind or (OTHER if path.suffix.lower() not in MEDIA else "")
         if not kind and path.suffix.lower() in SOUND:
             beside = clips.get((str(path.parent), path.stem))

@@ -115,6 +115,10 @@ def _row(path: Path, line: int, cells: list[str], header: list[str], columns: Se
     found = {column: cell.strip() for column, cell in zip_longest(header, cells[: len(header)], fillvalue="") if column}
     if columns and not found.get(columns[0]):
         _refuse(path, line, f"no {columns[0]}; expected one in every row")
+    for column, cell in zip(header[1:], cells[1:], strict=False):  # the first may be pandas' index, which has no name
+        if cell.strip() and not column:
+            _refuse(path, line, f"{cell.strip()!r} is in a column without a name; name it in line 1, or put a cell "
+                                f"that holds a comma in double quotes")
     least = max((header.index(column) + 1 for column in columns), default=0)
     if len(cells) < least or (len(cells) > len(header) and not surplus):
         _refuse(path, line, f"{len(cells)} cells, expected {len(header)} as the header has; put a cell that holds a "
