@@ -79,12 +79,16 @@ class Reader:
         self.container = open_clip(self.path)
         try:
             self.stream = self._best_stream(kind)
-            self._seek()
+            declared = self._stream_seconds
+            if declared is not None and self.start >= declared > 0:
+                raise Skip(f"the segment begins at {self.start:g} s, where {declared:.1f} s of {kind} have ended")
         except Skip:
             self.container.close()
             raise
         self.damaged = 0
         self.seconds = 0.0
+        if self.start:
+            self._seek(PREROLL_SECONDS)
         self.first = 0.0  # seconds after the segment's start at which its first frame begins; of sound, often before
 
     def __enter__(self) -> "Reader":
@@ -111,14 +115,10 @@ class Reader:
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)} if kind == "video" else {}
         return stream
 
-    def _seek(self) -> None:
-        declared = self._stream_seconds
-        if declared is not None and self.start >= declared:
-            raise Skip(f"the segment begins at {self.start:g} s, where {declared:.1f} s of {self.kind} have ended")
-        if self.start > PREROLL_SECONDS:
-            target = self.start - PREROLL_SECONDS + self._origin
-            with suppress(av.error.FFmpegError, OSError, ValueError):  # then every frame is decoded, from the first
-                self.container.seek(int(target / self.stream.time_base), stream=self.stream)
+    def _seek(self, preroll: float) -> None:
+        target = max(0.0, self.start - preroll) + self._origin
+        with suppress(av.error.FFmpegError, OSError, ValueError):  # then every frame is decoded, from the first
+            self.container.seek(int(target / self.stream.time_base), stream=self.stream)
 
     @property
     def _origin(self) -> float:
@@ -186,12 +186,31 @@ class Reader:
 
     def frames(self) -> Iterator[Any]:
         """Every AudioFrame or VideoFrame that decodes, in order of presentation."""
-        frames = (frame for packet in chain(self.packets(), [None]) for frame in self._decode(packet))  # None: the rest
-        return frames if self.start == 0 and self.end is None else self._segment(frames)
+        return self._decoded() if self.start == 0 and self.end is None else self._segment()
 
-    def _segment(self, frames: Iterator[Any]) -> Iterator[Any]:
+    def _decoded(self) -> Iterator[Any]:
+        for packet in self.packets():
+            yield from self._decode(packet)
+        yield from self._decode(None)  # what the decoder still holds back
+
+    def _from_before(self) -> Iterator[Any]:
+        """Every frame from one on that begins before the segment; from the file's first where none is found sooner.
+
+        Containers without an index, MPEG's, seek to a moment, and the decoder may have to wait for a later key frame.
+        """
+        preroll = PREROLL_SECONDS
+        while True:
+            frames = self._decoded()
+            first = next(frames, None)
+            begins = None if first is None else self._time(first.pts)
+            if preroll >= self.start or (first is not None and (begins is None or begins <= TICK_SECONDS)):
+                return frames if first is None else chain([first], frames)
+            preroll *= 10
+            self._seek(preroll)
+
+    def _segment(self) -> Iterator[Any]:
         time, begun = -self.start, False
-        for frame in frames:
+        for frame in self._from_before():
             known = self._time(frame.pts)  # in the stream's ticks: PyAV gives the last frames no time_base
             time = time if known is None else known
             seconds = frame.samples / frame.sample_rate if self.kind == "audio" else 0.0
