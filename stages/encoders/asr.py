@@ -14,8 +14,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from stages.encoders.checkpoints import DTYPES, Dtype, read_json, resolve
-from stages.encoders.heads import load_part, load_with_head
+from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, read_json, resolve
 from stages.engine.errors import PipelineError, Skip
 
 WINDOW_SECONDS = 30
@@ -54,7 +53,7 @@ class Recognizer:
             raise PipelineError(f"checkpoint {name}: found model_type {self._family!r}, expected one of {known}")
         self._checkpoint, self._dtype, self._device = name, DTYPES[config.dtype], device
         head = "AutoModelForCTC" if self._is_ctc else "AutoModelForSpeechSeq2Seq"
-        self._model = load_with_head(head, folder, name, self._dtype, device)
+        self._model = load_model(head, folder, name, self._dtype).to(device)
         self._features = load_part("AutoFeatureExtractor", folder, name)
         self._tokenizer = load_part("AutoTokenizer", folder, name)
         self.sample_rate: int = self._features.sampling_rate  # Hz

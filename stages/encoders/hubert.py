@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from stages.encoders.checkpoints import DTYPES, Dtype, hidden_state_entries, load_auto_model, read_json, resolve
+from stages.encoders.checkpoints import DTYPES, Dtype, hidden_state_entries, load_model, read_json, resolve
 from stages.engine.errors import PipelineError, Skip
 
 _FAMILIES = {"hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio"}
@@ -51,7 +51,7 @@ class Encoder:
         self._normalize: bool = processor.get("do_normalize", True)
 
         # float32 first: the positional convolution's weight norm is folded at full precision
-        model = load_auto_model(folder, name, torch.float32, _UNUSED)
+        model = load_model("AutoModel", folder, name, torch.float32, _UNUSED)
         for module in model.modules():
             if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
                 torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
