@@ -57,6 +57,8 @@ class Encoder:
                 torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
         self._model = model.to(device, DTYPES[config.dtype])
         self._dtype, self._device = DTYPES[config.dtype], device
+        if device.startswith("cpu") and self._dtype != torch.float32:
+            self._convolve_positions_in_float32()
         published = model.config
         self.dimension: int = published.hidden_size
         self._kernels = list(zip(published.conv_kernel, published.conv_stride, strict=True))
@@ -78,6 +80,14 @@ class Encoder:
         width = published.conv_dim[0] / published.conv_stride[0]
         self.unit_bytes: int = int(np.ceil(4 * width + 12 * self.dimension / self._stride)) * self._dtype.itemsize
         self._listen(config.layers, name)
+
+    def _convolve_positions_in_float32(self) -> None:
+        """On CPUs with AMX torch 2.15's bfloat16 convolution of 128 taps in groups gives entirely wrong numbers."""
+        for module in self._model.encoder.pos_conv_embed.modules():
+            if isinstance(module, torch.nn.Conv1d):
+                module.float()
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+                module.register_forward_hook(lambda _, __, output: output.to(self._dtype))
 
     def _listen(self, layers: list[int], name: str) -> None:
         """Hook the wanted hidden states, so that their sum is all that is kept; drop the layers above them."""
