@@ -281,7 +281,7 @@ def test_a_hub_name_is_taken_from_the_cache_at_its_revision(
     snapshot = tmp_path / "models--someone--chinese-hubert" / "snapshots" / revision
     shutil.copytree(folders["layer"], snapshot)
     assert encoder("someone/chinese-hubert", revision=revision).dimension == 64
-    with pytest.raises(PipelineError, match="someone/other: no such folder, and not to be had from the hub") as caught:
+    with pytest.raises(PipelineError, match="someone/other: no such folder, and the hub does not give it") as caught:
         encoder("someone/other", revision=revision)
     assert "\n" not in str(caught.value)
 

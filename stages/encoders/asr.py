@@ -20,9 +20,9 @@ from stages.engine.errors import PipelineError, Skip
 WINDOW_SECONDS = 30
 SEARCH_SECONDS = 5  # the quietest moment is looked for in this last part of a window
 QUIET_SECONDS = 0.1  # over which loudness is measured; nothing shorter holds a word
-FRAMES_PER_SECOND = 50  # of wav2vec2's kin and of Whisper, for the memory estimate
+FRAMES_PER_SECOND = 50  # of wav2vec2's family and of Whisper, for the memory estimate
 
-# Speech-to-text families whose generate() needs the audio alone; the others want a prompt of their own making.
+# Speech-to-text families whose generate() needs the audio alone; the others need a prompt, each in a form of its own.
 SEQ2SEQ = ("whisper", "speech_to_text", "speech-encoder-decoder", "moonshine")
 
 

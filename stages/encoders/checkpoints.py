@@ -43,7 +43,7 @@ def resolve(checkpoint: str, revision: str | None) -> Path:
     except Exception as error:  # network, cache, authorisation and naming errors share no base class
         at = f" at revision {revision}" if revision else ""
         raise PipelineError(
-            f"checkpoint {checkpoint}: no such folder, and not to be had from the hub{at}: {one_line(error)}"
+            f"checkpoint {checkpoint}: no such folder, and the hub does not give it{at}: {one_line(error)}"
         ) from None
     return snapshot
 
@@ -94,7 +94,7 @@ def load_model(
             trust_remote_code=False,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below in our own words
+            ignore_mismatched_sizes=True,  # reported below, in one line
             **options,
         )
     except Exception as error:  # transformers, safetensors, pickle and JSON errors share no base class

@@ -1,4 +1,4 @@
-"""HuBERT and its kin: a clip's waveform -> (T, C) speech features at 50 Hz (paper section 3, chinese-hubert-large).
+"""HuBERT and its relatives: a clip's waveform -> (T, C) speech features at 50 Hz (paper section 3, chinese-hubert-large).
 
 Features are the sum of chosen hidden states. Entry 0 is the input of the first transformer layer,
 entry i the output of layer i, and the last entry is taken AFTER the encoder's final layer norm (what
@@ -113,7 +113,7 @@ class Encoder:
         encoder.layers = encoder.layers[: max(max(wanted), 1)]
 
     def prepare(self, item: tuple[np.ndarray, int]) -> np.ndarray:
-        """Samples int16 (n,) and their rate in Hz -> float32 (m,) as the checkpoint wants them.
+        """Samples int16 (n,) and their rate in Hz -> float32 (m,) as the checkpoint expects them.
 
         Resampled to the checkpoint's rate unless resample is false, and normalised over the whole clip
         where its preprocessor_config says so. Raises Skip for a clip shorter than one feature frame.
