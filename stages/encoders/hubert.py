@@ -1,4 +1,4 @@
-"""HuBERT and its relatives: a clip's waveform -> (T, C) speech features at 50 Hz (paper section 3, chinese-hubert-large).
+"""HuBERT and its relatives: a waveform -> (T, C) speech features at 50 Hz (paper section 3: chinese-hubert-large).
 
 Features are the sum of chosen hidden states. Entry 0 is the input of the first transformer layer,
 entry i the output of layer i, and the last entry is taken AFTER the encoder's final layer norm (what
