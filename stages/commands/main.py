@@ -18,6 +18,9 @@ COMMANDS = {
     "repair": ("stages.commands.repair", "remove a damaged store, so that dvc repro makes it anew"),
     "tables": ("stages.commands.tables", "the paper's Tables 1 and 2 on the current corpus, reports/tables.md"),
     "import-features": ("stages.commands.import_features", "a folder for dvc repro, made of feature files and labels"),
+    "import-faces": ("stages.commands.import_faces", "face crops as MERTools keeps them, in place of crop_faces' own"),
+    "export-features": ("stages.commands.export_features", "features of one extractor as MERTools' .npy files"),
+    "compare-features": ("stages.commands.compare_features", "cosine per clip of two sets of features"),
     "estimate": ("stages.commands.estimate", "hours that the whole of MER2024 takes on several machines"),
 }
 

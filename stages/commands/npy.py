@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from stages.corpora.folders import SHOWN, escaped, what_is
 from stages.encoders.pooling import pooled_row
 from stages.engine.errors import PipelineError, one_line
 from stages.engine.store import Row, write_index, write_shard
@@ -36,9 +37,20 @@ def feature_files(folder: Path) -> dict[str, Path]:
     """Clip name -> its file, sorted by name. Raises PipelineError for a missing folder or one without .npy files."""
     if not folder.is_dir():
         raise PipelineError(f"{folder}: no such folder; expected one .npy per clip there")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix == ".npy" and path.name[0] != "."}
+    files = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.suffix.lower() == ".npy":
+            if kind := what_is(path):  # a pipe would be waited for without an end
+                raise PipelineError(f"{escaped(path)}: a {kind}, expected a file")
+            if path.stem in found:
+                raise PipelineError(f"{path}: {found[path.stem].name} is there too; expected one file a clip")
+            found[path.stem] = path
     if not found:
-        raise PipelineError(f"{folder}: no .npy files; expected one per clip, named after it")
+        others = sorted({path.suffix or path.name for path in files})
+        found_instead = f" (found {', '.join(others[:SHOWN])})" if others else ""
+        raise PipelineError(f"{folder}: no .npy files{found_instead}; expected "
+                            f"one per clip, named after it, as numpy.save writes them")
     return found
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from stages.corpora.folders import escaped
 from stages.engine.errors import PipelineError, run_stage
 
 DECIMALS = 8  # float32 has no more
@@ -76,7 +77,7 @@ def row(prediction: "Prediction", labels: list[str]) -> list[object]:
         shown = [labels[prediction.probabilities.argmax()], *probabilities, max(probabilities), prediction.votes,
                  *prediction.attention.astype(float).round(DECIMALS).tolist()]
     present = ["true" if found else "false" for found in prediction.present]
-    return [prediction.clip, *shown, *present, prediction.transcript, " ".join(prediction.ranking or []),
+    return [escaped(prediction.clip), *shown, *present, prediction.transcript, " ".join(prediction.ranking or []),
             prediction.reason]
 
 

@@ -42,7 +42,8 @@ class Labels(Section):
 
 
 class Corpus(Labels):
-    adapter: Literal["demo", "mer2024", "mer2023", "mer2025", "csv"]
+    adapter: Literal["demo", "mer2023", "mer2024", "mer2025", "mer2026", "meld", "iemocap", "cremad", "ravdess",
+                     "emodb", "csv"]
     path: str
     truth: str | None
     max_bad_fraction: Fraction

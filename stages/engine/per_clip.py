@@ -9,22 +9,22 @@ from stages.engine.devices import pick_workers
 from stages.engine.errors import Died, PipelineError, Skip, describe, working_on
 from stages.engine.extraction import write_store
 from stages.engine.fingerprint import stage_fingerprint
-from stages.engine.manifest import read_manifest
+from stages.engine.manifest import Source, read_manifest, source_of
 from stages.engine.params import Params
 from stages.engine.store import Row
 from stages.engine.versions import MEDIA, versions
 from stages.engine.work import Input, Shard, Target
 from stages.engine.workers import Workers
 
-Decode = Callable[[str, str], Row]  # (clip_id, path) -> its row; raises Skip
+Decode = Callable[[str, Source], Row]  # (clip_id, file or segment) -> its row; raises Skip
 HELD_CLIPS = 1024  # in shards that wait for a clip to be tried again: bounds the memory they take
 
 
 def write_media_store(stage: str, out: Path, kind: str, function: Decode, params: Params,
                       attributes: Mapping[str, Any]) -> None:
-    """Write a media store: `function(clip_id, path) -> Row` over the manifest's clips, in worker processes."""
+    """Write a media store: `function(clip_id, source) -> Row` over the manifest's clips, in worker processes."""
     root = Path(params.corpus.path)
-    inputs = [Input(c.clip_id, str(root / c.path), bytes.fromhex(c.digest)) for c in read_manifest()]
+    inputs = [Input(c.clip_id, source_of(c, root), bytes.fromhex(c.digest)) for c in read_manifest()]
     target = Target(stage, out, kind, attributes, stage_fingerprint(stage))
     runtime = params.runtime
     work = PerClip(function, pick_workers(runtime), runtime.clip_timeout_seconds)

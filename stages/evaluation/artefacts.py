@@ -54,6 +54,7 @@ class Run:
     pseudo_labels: pd.DataFrame        # reports/pseudo_labels.csv
     curves: pd.DataFrame               # models/fusion/curves.csv
     skipped: pd.DataFrame              # reports/skipped.csv
+    duplicates: pd.DataFrame           # data/duplicates.csv
     modalities: list[str]
     leaky: bool                        # some encoder has learned from every fold's labels
 
@@ -99,6 +100,7 @@ def read_run(labels: list[str]) -> Run:
             {"round": int, "seed": int, "confidence": float}),
         curves=read_csv(Path("models/fusion/curves.csv")),
         skipped=read_csv(Path("reports/skipped.csv"), text=True),
+        duplicates=read_duplicates(),
         modalities=names,
         leaky=any(m["leaky"] for m in sources if m["name"] in names),
     )
@@ -128,6 +130,14 @@ def read_transcripts(run: Run) -> dict[str, str]:
         heard = read_csv(path, text=True)
         transcripts.update(zip(heard["clip_id"], heard["transcript"], strict=True))
     return transcripts
+
+
+def read_duplicates() -> pd.DataFrame:
+    """digest, clip_id, split, problem of clips with the same content; empty where no stage compared them."""
+    path = Path("data/duplicates.csv")
+    if not path.exists():
+        return pd.DataFrame(columns=["digest", "clip_id", "split", "problem"], dtype=str)
+    return read_csv(path, text=True)
 
 
 def read_rankings() -> dict[str, list[str]]:

@@ -7,16 +7,21 @@ FFmpeg reports a disk that fails and a stream that is damaged in the same words.
 read once more as plain bytes: if that fails, the machine is at fault (OSError), else the clip.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
 from stages.engine.errors import Skip
+from stages.engine.manifest import Segment, Source
 
 # Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
 # files or the network.
@@ -27,6 +32,8 @@ OPTIONS = {
 Kind = Literal["audio", "video"]
 READ_BYTES = 16 << 20  # and as much memory as a sound clip may need at once
 MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
+TICK_SECONDS = 0.0005  # clocks count in milliseconds at worst
+PREROLL_SECONDS = 0.2  # decoded before a segment: what sound codecs carry over from one frame to the next
 SLACK_SECONDS = 0.1  # codecs pad and trim by a few thousand samples
 SLACK_SHARE = 0.02
 
@@ -55,23 +62,30 @@ def describe(error: Exception) -> str:
 
 
 class Reader:
-    """One forward pass over the best audio or video stream of a clip.
+    """One forward pass over the best audio or video stream of a clip, or over a segment of it.
 
     with Reader(path, "video") as reader:
         for frame in reader.frames(): ...
-    Raises Skip if the file can't be opened or has no such stream. Afterwards `damaged` counts the
-    packets that could not be read or decoded and `seconds` is the time that the packets spanned.
+    Raises Skip if the file can't be opened, has no such stream or ends before the segment begins. Afterwards `damaged`
+    counts the packets that could not be read or decoded and `seconds` is the time that the packets spanned.
+
+    A segment is found by seeking to the key frame before it; where a container can't seek, by decoding from the start.
+    Its frames of video are those that begin in it, those of sound all that have a sample in it (see cut).
     """
 
-    def __init__(self, path: str | Path, kind: Kind):
-        self.path, self.container = path, open_clip(path)
+    def __init__(self, clip: Source, kind: Kind):
+        segment = clip if isinstance(clip, Segment) else Segment(str(clip))
+        self.path, self.start, self.end, self.kind = segment.path, segment.start, segment.end, kind
+        self.container = open_clip(self.path)
         try:
             self.stream = self._best_stream(kind)
+            self._seek()
         except Skip:
             self.container.close()
             raise
         self.damaged = 0
         self.seconds = 0.0
+        self.first = 0.0  # seconds after the segment's start at which its first frame begins; of sound, often before
 
     def __enter__(self) -> "Reader":
         return self
@@ -97,9 +111,46 @@ class Reader:
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)} if kind == "video" else {}
         return stream
 
+    def _seek(self) -> None:
+        declared = self._stream_seconds
+        if declared is not None and self.start >= declared:
+            raise Skip(f"the segment begins at {self.start:g} s, where {declared:.1f} s of {self.kind} have ended")
+        if self.start > PREROLL_SECONDS:
+            target = self.start - PREROLL_SECONDS + self._origin
+            with suppress(av.error.FFmpegError, OSError, ValueError):  # then every frame is decoded, from the first
+                self.container.seek(int(target / self.stream.time_base), stream=self.stream)
+
+    @property
+    def _origin(self) -> float:
+        """The clock's time at the file's start, in seconds."""
+        return (self.container.start_time or 0) / av.time_base
+
+    def _time(self, ticks: int | None) -> float | None:
+        """Seconds after the segment's start."""
+        return None if ticks is None else float(ticks * self.stream.time_base) - self._origin - self.start
+
+    @property
+    def _length(self) -> float:
+        return math.inf if self.end is None else self.end - self.start
+
+    def within(self, packet: Packet) -> bool:
+        """Whether what the packet holds begins in the segment."""
+        time = self._time(packet.dts if packet.pts is None else packet.pts)
+        return time is None or (self.start == 0 or time >= -TICK_SECONDS) and time < self._length - TICK_SECONDS
+
+    def cut(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
+        """The segment's samples (n,), of those that its frames hold."""
+        begin = max(0, round(-self.first * sample_rate)) if self.start else 0
+        return samples[begin:] if self.end is None else samples[begin : begin + round(self._length * sample_rate)]
+
     @property
     def declared_seconds(self) -> float | None:
-        """What the header says the stream lasts; None where it says nothing."""
+        """What the header says the stream, or the part of it in the segment, lasts; None where it says nothing."""
+        ends = [seconds for seconds in (self._stream_seconds, self.end) if seconds is not None]
+        return max(0.0, min(ends) - self.start) if ends else None
+
+    @property
+    def _stream_seconds(self) -> float | None:
         if self.stream.duration and self.stream.time_base:
             return float(self.stream.duration * self.stream.time_base)
         clock = self.stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:00:02.600000000
@@ -110,7 +161,8 @@ class Reader:
         return hours * 3600 + minutes * 60 + seconds
 
     def packets(self) -> Iterator[Packet]:
-        """Every packet that holds data. A read error ends the stream: what came before it stands."""
+        """Every packet that holds data, of a segment from the key frame before it to its end. A read error ends the
+        stream: what came before it stands."""
         start = end = None
         packets = self.container.demux(self.stream)
         while True:
@@ -123,7 +175,10 @@ class Reader:
                 return
             if packet.size == 0:  # PyAV ends with an empty packet
                 continue
-            if packet.pts is not None and packet.time_base:
+            reached = self._time(packet.dts)
+            if reached is not None and reached >= self._length:  # no later packet is shown earlier
+                return
+            if packet.pts is not None and packet.time_base and self.within(packet):
                 start = packet.pts if start is None else min(start, packet.pts)
                 end = max(end if end is not None else packet.pts, packet.pts + (packet.duration or 0))
                 self.seconds = float((end - start) * packet.time_base)
@@ -131,9 +186,22 @@ class Reader:
 
     def frames(self) -> Iterator[Any]:
         """Every AudioFrame or VideoFrame that decodes, in order of presentation."""
-        for packet in self.packets():
-            yield from self._decode(packet)
-        yield from self._decode(None)  # what the decoder still holds back
+        frames = (frame for packet in chain(self.packets(), [None]) for frame in self._decode(packet))  # None: the rest
+        return frames if self.start == 0 and self.end is None else self._segment(frames)
+
+    def _segment(self, frames: Iterator[Any]) -> Iterator[Any]:
+        time, begun = -self.start, False
+        for frame in frames:
+            known = self._time(frame.pts)  # in the stream's ticks: PyAV gives the last frames no time_base
+            time = time if known is None else known
+            seconds = frame.samples / frame.sample_rate if self.kind == "audio" else 0.0
+            if time >= self._length - TICK_SECONDS:
+                return
+            if time + seconds >= -TICK_SECONDS:
+                if not begun:
+                    begun, self.first, self.damaged = True, time, 0  # a seek may land in the middle of a packet
+                yield frame
+            time += seconds
 
     def _decode(self, packet: Packet | None) -> list:
         try:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
+from stages.engine.errors import PipelineError
+from stages.engine.manifest import Segment, Source
 from stages.engine.params import Faces, Params
 from stages.engine.store import Row
 from stages.media import centerface, openface
@@ -10,7 +12,7 @@ from stages.media import centerface, openface
 OPENFACE_SHARE = 0.9  # of the worker's time limit: OpenFace is stopped before the worker that waits for it
 
 
-def faces_decoder(p: Params) -> Callable[[str, str], Row]:
+def faces_decoder(p: Params) -> Callable[[str, Source], Row]:
     """As the stage crop_faces and predict crop a clip's face: JPEG, with frame indices and confidences.
 
     Raises PipelineError where the detector needs a binary that is not there.
@@ -20,9 +22,12 @@ def faces_decoder(p: Params) -> Callable[[str, str], Row]:
     return partial(_faces_row, faces=p.faces, time_limit=OPENFACE_SHARE * p.runtime.clip_timeout_seconds)
 
 
-def _faces_row(clip_id: str, path: str, faces: Faces, time_limit: float) -> Row:
+def _faces_row(clip_id: str, path: Source, faces: Faces, time_limit: float) -> Row:
     options = (faces.stride, faces.size, faces.min_confidence, faces.quality)
     if faces.detector == "openface":
+        if isinstance(path, Segment):
+            raise PipelineError("faces.detector: found openface, which reads whole files, but clips of this corpus are "
+                                "segments of files; expected centerface")
         found = openface.crop_clip(path, *options, faces.openface_binary, time_limit)
     else:
         found = centerface.crop_clip(path, *options)
