@@ -90,7 +90,7 @@ def make_decoder(folder: Path, size: DecoderSize, dtype: torch.dtype, device: st
             layer + "mlp.up_proj.weight": normal(size.inner, width),
             layer + "mlp.down_proj.weight": normal(width, size.inner),
         })
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

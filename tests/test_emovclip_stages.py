@@ -178,6 +178,10 @@ def test_prompts_of_another_checkpoint_are_refused(house: Path) -> None:
     Path("moved/notes.json").write_text("{}")
     with pytest.raises(PipelineError, match="models/emovclip: .* trained for checkpoint models/demo/clip, digest"):
         encoder(checkpoint="moved")
+    for folds in (0, "2", 10**9):
+        Path("models/emovclip/trained.json").write_text(json.dumps(trained | {"folds": folds}))
+        with pytest.raises(PipelineError, match=f"models/emovclip/trained.json: folds: found {folds!r}"):
+            encoder()
     Path("models/emovclip/trained.json").write_text("[")
     with pytest.raises(PipelineError, match="models/emovclip: trained.json can't be read"):
         encoder()

@@ -157,7 +157,7 @@ def test_a_part_with_a_damaged_head_is_made_again(p: Params, damage: str, capsys
         content = bytearray(Path("out/some_stage/shard-00001.h5").read_bytes())
     shard.write_bytes(content)  # in place: the out and the part are one file
     write_store(target(), inputs(12), Words(log), p, ["cpu"])
-    assert computed(log) == ["c00", "c01", "c02", "c03"]
+    assert computed(log) == shard_names(12)[0]
     assert contents(Path("out/some_stage")) == whole
     assert "it is made again" in capsys.readouterr().err
 
@@ -168,7 +168,7 @@ def test_a_shard_that_can_not_be_read_now_is_kept(
     write_store(target(), inputs(8), Words(Path("log")), p, ["cpu"])
     finished = {path: path.read_bytes() for path in Path(".cache/parts").rglob("*.h5")}
 
-    def no_more_files(*_: Any) -> None:
+    def no_more_files(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "Unable to synchronously open file")
 
     with monkeypatch.context() as patch:
@@ -209,14 +209,13 @@ def media(clip_id: str, item: int) -> Row:
 
 
 def test_a_crash_a_hang_and_a_skip_cost_one_clip_each(p: Params) -> None:
-    start = time.monotonic()
     write_store(target(kind="audio"), inputs(20), PerClip(media, workers=2, timeout=3), p, ["cpu"])
-    assert time.monotonic() - start < 30
     store = Store("out/some_stage")
     assert store.clip_ids == [f"c{i:02d}" for i in range(20)]
     assert np.flatnonzero(~store.present).tolist() == [1, 2, 3, 4]
-    assert "crashed" in store.reasons[1]  # with the hangs, more workers than there are: dead ones are replaced
-    assert store.reasons[2:5] == ["stopped after 3 s without a result", "no audio stream", store.reasons[2]]
+    assert store.reasons[1] == "the decoder crashed (SIGSEGV)"  # with the hangs, more workers than there are
+    hung = "stopped after 3 s (runtime.clip_timeout_seconds) without a result"
+    assert store.reasons[2:5] == [hung, "no audio stream", hung]
     assert store.read("c19").tolist() == [19] * 19
 
 
@@ -253,9 +252,11 @@ def test_fingerprint_follows_params_code_and_checkpoint(tmp_path: Path, monkeypa
     assert fingerprints()[0] == first[0] and fingerprints()[1] != first[1]
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "weights").write_bytes(b"1")
+    (checkpoint / "weights.bin").write_bytes(b"1")
     before = checkpoint_digest(str(checkpoint))
-    (checkpoint / "weights").write_bytes(b"2")
+    (checkpoint / "README.md").write_text("not loaded")
+    assert checkpoint_digest(str(checkpoint)) == before
+    (checkpoint / "weights.bin").write_bytes(b"2")
     assert checkpoint_digest(str(checkpoint)) != before
     assert checkpoint_digest("some/published-name") == b""
     with pytest.raises(PipelineError, match="no stage 'nonsense'"):

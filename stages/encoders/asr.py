@@ -15,8 +15,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from stages.encoders.checkpoints import DTYPES, Dtype, read_json, resolve
-from stages.encoders.heads import load_part, load_with_head
+from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, read_json, resolve
 from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError, Skip
 from stages.engine.params import Runtime, Transcribe
@@ -25,9 +24,9 @@ from stages.engine.store import Row
 WINDOW_SECONDS = 30
 SEARCH_SECONDS = 5  # the quietest moment is looked for in this last part of a window
 QUIET_SECONDS = 0.1  # over which loudness is measured; nothing shorter holds a word
-FRAMES_PER_SECOND = 50  # of wav2vec2's kin and of Whisper, for the memory estimate
+FRAMES_PER_SECOND = 50  # of wav2vec2's family and of Whisper, for the memory estimate
 
-# Speech-to-text families whose generate() needs the audio alone; the others want a prompt of their own making.
+# Speech-to-text families whose generate() needs the audio alone; the others need a prompt, each in a form of its own.
 SEQ2SEQ = ("whisper", "speech_to_text", "speech-encoder-decoder", "moonshine")
 
 
@@ -71,7 +70,7 @@ class Recognizer:
             raise PipelineError(f"checkpoint {name}: found model_type {self._family!r}, expected one of {known}")
         self._checkpoint, self._dtype, self._device = name, DTYPES[config.dtype], device
         head = "AutoModelForCTC" if self._is_ctc else "AutoModelForSpeechSeq2Seq"
-        self._model = load_with_head(head, folder, name, self._dtype, device)
+        self._model = load_model(head, folder, name, self._dtype).to(device)
         self._features = load_part("AutoFeatureExtractor", folder, name)
         self._tokenizer = load_part("AutoTokenizer", folder, name)
         self.sample_rate: int = self._features.sampling_rate  # Hz

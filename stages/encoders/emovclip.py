@@ -34,6 +34,7 @@ from stages.engine.errors import PipelineError, one_line
 from stages.engine.fingerprint import checkpoint_digest
 
 TRAINED = "trained.json"  # what the prompts beside it were trained for
+MOST_FOLDS = 1000
 INIT_STD = 0.02  # of the prompts that no word initialises, as in ViFi-CLIP
 
 
@@ -213,7 +214,11 @@ def trained_files(folder: Path, checkpoint: str, revision: str | None) -> list[P
             raise PipelineError(f"{folder}: its prompts were trained for checkpoint {trained.get('checkpoint')}, {key} "
                                 f"{trained.get(key)!r}, but found {checkpoint}, {key} {value!r}; set it back, or run: "
                                 f"dvc repro train_emovclip")
-    names = ["all"] if trained.get("scope") == "all" else [f"fold-{fold}" for fold in range(trained.get("folds", 0))]
+    folds = trained.get("folds")
+    if not isinstance(folds, int) or not 1 <= folds <= MOST_FOLDS:
+        raise PipelineError(f"{folder / TRAINED}: folds: found {folds!r}, expected 1 to {MOST_FOLDS}; run: dvc repro "
+                            f"train_emovclip")
+    names = ["all"] if trained.get("scope") == "all" else [f"fold-{fold}" for fold in range(folds)]
     return [folder / f"{name}.safetensors" for name in names]
 
 

@@ -78,7 +78,7 @@ def describe(error: BaseException) -> str:
         text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
     else:
         text = "no memory left; free some, or lower runtime.workers"
-    return f"{notes}{text}, then run dvc repro again (what was finished is kept)"
+    return f"{notes}{text}, then run it again (what was finished is kept)"
 
 
 def run_stage(main: Callable[..., None], *arguments: Any) -> None:

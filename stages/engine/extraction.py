@@ -44,7 +44,7 @@ def write_store(
     heads = {shard.part: head for shard in shards if (head := _head_if_done(shard, target)) is not None}
     todo = [shard for shard in shards if shard.part not in heads]
     rank, ranks = _rank()
-    share = todo[rank::ranks]
+    share = [shard for shard in shards[rank::ranks] if shard.part not in heads]  # the same whatever is done already
     finished = compute(share, work, target, params, devices)
     next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
     done = len(inputs) - sum(len(shard.clips) for shard in todo)

@@ -39,7 +39,7 @@ class Workers:
             except ProcessExpired as error:
                 yield Died(ended(error.exitcode))
             except (OSError, MemoryError) as error:
-                if isinstance(error, TimeoutError) and error.errno is None:
+                if isinstance(error, TimeoutError) and not isinstance(error.errno, int):  # pebble's own
                     yield Died(f"stopped after {self.timeout:g} s (runtime.clip_timeout_seconds) without a result")
                 elif is_machines(error):
                     yield error
