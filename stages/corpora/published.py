@@ -25,12 +25,12 @@ def named_files(root: Path, pattern: re.Pattern[str], shape: str) -> list[tuple[
     found: dict[str, tuple[Path, re.Match[str]]] = {}
     left_out: dict[str, list[str]] = {kind: list(names) for kind, names in content.left_out.items()}
     for path in sorted(content.clips, key=lambda path: (path.suffix.lower() not in VIDEO, path.suffix != ".wav", path)):
-        match, kind = pattern.fullmatch(path.stem), "file whose name is not the corpus's"
+        match = pattern.fullmatch(path.stem)
         if match and path.stem not in found:
             found[path.stem] = path, match
-            continue
-        kind = "file that a clip has besides" if match else kind
-        left_out.setdefault(kind, []).append(str(path.relative_to(root)))
+        else:
+            kind = "file that a clip has besides" if match else "file whose name is not the corpus's"
+            left_out.setdefault(kind, []).append(str(path.relative_to(root)))
     if not found:
         raise PipelineError(f"{root}: no clips of this corpus; expected names such as {shape} in or below that folder")
     say_left_out(root, len(found), left_out)
