@@ -112,10 +112,11 @@ def one_face(image: np.ndarray) -> list[Face]:
         ([picture(0)] * 4, 8, 1, [0, 1, 2, 3]),
         ([picture(0)] * 5 + [picture(1, (320, 240))] * 4, 8, 1 << 30, [0, 4, 5, 8]),
         ([picture(i) for i in range(9)], 8, 1 << 30, list(range(9))),
+        ([picture(0)] * 5 + [picture(1)] * 4, 8, 1 << 30, [0, 4, 5, 6, 8]),
         ([picture(0)], 8, 1 << 30, [0]),
         ([], 8, 1 << 30, []),
     ],
-    ids=["still", "end", "memory", "no memory", "size changes", "noise", "one", "none"],
+    ids=["still", "end", "memory", "no memory", "size changes", "noise", "cut", "one", "none"],
 )
 def test_the_network_sees_every_eighth_frame_and_whatever_is_unsure(
     images: list[np.ndarray], every: int, max_bytes: int, expected: list[int]
@@ -136,6 +137,24 @@ def test_the_network_sees_every_eighth_frame_and_whatever_is_unsure(
         assert image is given
         assert np.abs(face.landmarks - one_face(given)[0].landmarks).max() < 0.5
         assert np.abs(face.box - one_face(given)[0].box).max() < 0.5
+
+
+def test_where_flow_and_detection_disagree_the_detection_stands() -> None:
+    images = [picture(0)] * 9
+    seen: list[int] = []
+
+    def detect(image: np.ndarray) -> list[Face]:
+        """The picture stands still, the face it is said to show does not."""
+        seen.append(next(times))
+        [face] = one_face(image)
+        shift = np.float32(20 if seen[-1] > 4 else 0)
+        return [Face(face.box + shift, face.landmarks + shift, face.confidence)]
+
+    times = iter([0, 8, 4, 6, 5])  # the order in which halves are tried
+    found = list(find_faces(enumerate(images), 8, 1 << 30, detect))
+    assert seen == [0, 8, 4, 6, 5]
+    moved = [face.landmarks[0, 0] - one_face(images[0])[0].landmarks[0, 0] for _, _, [face] in found]
+    assert np.allclose(moved, [0] * 5 + [20] * 4, atol=0.5)
 
 
 def test_a_stride_as_long_as_the_distance_of_detections_follows_nothing(clips: Callable[[str, float], Path]) -> None:
