@@ -51,7 +51,7 @@ def find(path: Path, every: int) -> Found:
     detector.detect = counted  # type: ignore[method-assign]
     start = time.process_time()
     found = centerface.search(islice(FrameStream(path, 1), FRAMES), CONFIDENCE, every)
-    centerface.crop_faces(noted(found, faces), SIZE, QUALITY)
+    centerface.crop_faces(noted(found, faces), SIZE, QUALITY, centerface.SPACING if every > 1 else 1.0)
     spent = time.process_time() - start
     detector.detect = detect  # type: ignore[method-assign]
     tracker = Tracker()

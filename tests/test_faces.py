@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import face_clips
 from stages.media import centerface
-from stages.media.faces import Face, Tracker
+from stages.media.faces import Face, Tracker, align
 from stages.media.following import eye_distance, find_faces
 from stages.media.frames import FrameStream
 
@@ -155,6 +155,14 @@ def test_where_flow_and_detection_disagree_the_detection_stands() -> None:
     assert seen == [0, 8, 4, 6, 5]
     moved = [face.landmarks[0, 0] - one_face(images[0])[0].landmarks[0, 0] for _, _, [face] in found]
     assert np.allclose(moved, [0] * 5 + [20] * 4, atol=0.5)
+
+
+def test_a_crop_drawn_less_finely_looks_the_same() -> None:
+    image = next(face_clips.frames("close", 0.04))
+    landmarks = face_clips.truth("close", 0)[0]
+    finest, *others = (align(image, landmarks, 128, spacing).astype(float) for spacing in (1, centerface.SPACING, 8))
+    less, coarse = (10 * np.log10(255**2 / np.mean((other - finest) ** 2)) for other in others)  # dB
+    assert np.inf > less > 50 > coarse
 
 
 def test_a_stride_as_long_as_the_distance_of_detections_follows_nothing(clips: Callable[[str, float], Path]) -> None:

@@ -24,6 +24,9 @@ CELL = 4  # the network's outputs have one cell per 4 x 4 pixels
 MULTIPLE = 32  # its input sides must be divisible by this
 MAX_OVERLAP = 0.3  # boxes that share more are one face
 MAX_FACES = 4  # the largest of a frame; the main face is not the fifth
+# of a crop's samples beside followed faces, frame pixels: 53 dB from a spacing of 1, at a third of the cost; landmarks
+# moved by 1 % of the eye distance make 30 to 35 dB
+SPACING = 2.0
 BATCH_FRAMES, BATCH_BYTES = 8, 64 << 20  # frames held at once
 
 CPU = ("CPUExecutionProvider",)
@@ -40,8 +43,9 @@ def crop_clip(
     main face are left out. Skip: no video stream, nothing decodes, or no face in any frame.
     """
     frames = FrameStream(path, stride)
-    found = search(frames, min_confidence, max(1, detect_every // stride), providers)
-    crops, indices, confidences = crop_faces(found, size, quality)
+    every = max(1, detect_every // stride)
+    found = search(frames, min_confidence, every, providers)
+    crops, indices, confidences = crop_faces(found, size, quality, SPACING if every > 1 else 1.0)
     if not crops:
         raise Skip(f"no face found in {frames.read} frames")
     return crops, indices, confidences, frames.note
@@ -58,7 +62,7 @@ def search(
 
 
 def crop_faces(
-    found: Iterable[tuple[int, np.ndarray, list[Face]]], size: int, quality: int
+    found: Iterable[tuple[int, np.ndarray, list[Face]]], size: int, quality: int, spacing: float = 1.0
 ) -> tuple[list[bytes], list[int], list[float]]:
     """Aligned JPEG crops of the main face over (index, RGB uint8 image, its faces), with indices and confidences.
 
@@ -68,7 +72,8 @@ def crop_faces(
     crops: list[tuple[int, bytes, int, float]] = []
     for index, image, faces in found:
         for face, track in zip(faces, tracker.update(faces), strict=True):
-            crops.append((track, encode_jpeg(align(image, face.landmarks, size), quality), index, face.confidence))
+            crop = encode_jpeg(align(image, face.landmarks, size, spacing), quality)
+            crops.append((track, crop, index, face.confidence))
     main = [crop for crop in crops if crop[0] == tracker.main]
     return [crop[1] for crop in main], [crop[2] for crop in main], [crop[3] for crop in main]
 
