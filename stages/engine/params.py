@@ -87,6 +87,7 @@ class Faces(Section):
     detector: Literal["centerface", "openface"]
     openface_binary: str | None
     stride: Positive
+    detect_every: Positive
     size: Annotated[int, Field(ge=16)]
     min_confidence: Fraction
     quality: Quality
