@@ -52,7 +52,7 @@ def main() -> None:
     fusion = Fusion(
         modalities=list(DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3,
         epochs=options.epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=list(range(options.seeds)),
-        missing="off",
+        architecture="attention",
     )
     print(f"{len(os.sched_getaffinity(0))} CPU cores, {device}")
     if options.whole:

@@ -18,12 +18,13 @@ MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_fac
 def describe_modality(name: str, stores: dict[str, Store]) -> dict[str, Any]:
     """What the fusion must know of one modality; the digest covers every clip's features."""
     first = next(iter(stores.values()))
+    folds = int(first.attrs.get("folds", 1))  # its mean holds the features of so many folds, one after another
     return {
         "name": name,
         "folder": str(Path("features") / name),
-        "dimension": int(first.attrs["dimension"]),
+        "dimension": int(first.attrs["dimension"]) // folds,
         "statistics": ["mean", "var"] if first.attrs["variance"] else ["mean"],
-        "per_fold": "." not in stores,
+        "per_fold": folds > 1,
         "present": int(first.present.sum()),
         "digest": {part: store.digest for part, store in stores.items()},
     }

@@ -11,6 +11,7 @@ from stages.engine.params import read_yaml
 
 STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 EXTRACTORS: dict[str, Any] = read_yaml(ROOT / "params.yaml")["extractors"]
+ARCHITECTURE: str = read_yaml(ROOT / "params.yaml")["fusion"]["architecture"]
 UNTRACKED = {"runtime"}
 PLUMBING = "stages/engine/"  # neither a dependency nor hashed; its constants in version.py are, bumped by hand
 
@@ -28,6 +29,7 @@ def entries() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
 
 def declared_code(entry: dict[str, Any], item: dict[str, Any]) -> list[str]:
     deps = [re.sub(r"\$\{item\.(\w+)\}", lambda m: str(item[m.group(1)]), dep) for dep in entry["deps"]]
+    deps = [dep.replace("${fusion.architecture}", ARCHITECTURE) for dep in deps]
     return [dep for dep in deps if dep.endswith(".py")]
 
 
@@ -36,6 +38,8 @@ def test_code_deps_are_exactly_the_imports(shown: str, name: str, entry: dict[st
     needed = code_deps(ROOT / f"stages/{name}.py")
     if item:  # the encoder, which the stage imports by the name in its row
         needed |= code_deps(ROOT / f"stages/encoders/{item['encoder']}.py")
+    if "stages/fusion/architectures.py" in needed:  # which imports the one that params.yaml names
+        needed |= code_deps(ROOT / f"stages/fusion/{ARCHITECTURE}.py")
     declared = declared_code(entry, item)
     assert len(declared) == len(set(declared))
     needed = {path for path in needed if not path.startswith(PLUMBING)}

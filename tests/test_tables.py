@@ -61,7 +61,7 @@ def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() 
         entry["md5"] = "0" * 32
         return row_key(params, other)
 
-    assert touched("train_fusion", "deps", "stages/fusion/model.py") != key
+    assert touched("train_fusion", "deps", "stages/fusion/training.py") != key
     assert touched("corpus", "outs", "data/manifest.csv") != key
     assert touched("train_fusion", "outs", "models/fusion") == key  # the workspace's own results are no row's
 

@@ -3,13 +3,13 @@
 A modality's matrix is kept as (x - centre) / spread, centre and spread per dimension over the labelled clips, and
 in half precision once a corpus is large: 120,625 clips x 14,592 dimensions are 3.5 GB instead of 7.0. Centred
 first, half precision keeps three digits of what tells clips apart, however large a dimension's offset. It is only
-a number format: each fold's own standardisation undoes it in the same multiply-add, so no fold sees the
+a number format: Standardised undoes it in the multiply-add that standardises for a fold, so no fold sees the
 statistics of its validation part.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,11 @@ class Modality:
     centre: Tensor  # (G, D) float32
     spread: Tensor  # (G, D) float32, never 0
     present: Tensor  # (N,) bool
+    source: dict[str, Any] = field(default_factory=dict, kw_only=True)  # its entry in data/modalities.json
 
     @property
     def dimension(self) -> int:
         return self.matrix.shape[-1]
-
-
-NARROW_INPUT = 2048  # features in all, below which a second thread in an operation costs more than it brings
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,6 @@ class Inputs:
     def others(self) -> np.ndarray:
         """Rows of the unlabelled and test clips: the rows of the fold models' votes."""
         return np.flatnonzero(self.splits != "labelled")
-
-    @property
-    def dimension(self) -> int:
-        """Of all modalities together."""
-        return sum(modality.dimension for modality in self.modalities)
 
     @property
     def device(self) -> torch.device:
@@ -158,22 +151,24 @@ def _check_classes(labels: np.ndarray, folds: np.ndarray, label_names: Sequence[
 def _load_modality(
     entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype
 ) -> Modality:
-    folder = Path(entry["folder"])
-    folders = [folder / f"fold-{fold}" for fold in range(folds)] if entry["per_fold"] else [folder]
-    matrix = torch.empty(len(folders), len(clip_ids), _dimension(entry), dtype=dtype)
-    centre, spread = torch.empty(len(folders), matrix.shape[-1]), torch.empty(len(folders), matrix.shape[-1])
-    present = np.ones(len(clip_ids), bool)
-    stores = [_open(path, entry, clip_ids) for path in folders]
-    for store in stores:
-        present &= store.present
+    store = Store(entry["folder"])
+    groups = folds if entry["per_fold"] else 1
+    _check_store(store, groups, clip_ids)
+    present = store.present
     if not present[labelled].any():
-        raise PipelineError(f"{folder}: found no labelled clip with features, expected some to learn from")
-    for group, store in enumerate(stores):
-        for i, statistic in enumerate(entry["statistics"]):
-            columns = slice(i * entry["dimension"], (i + 1) * entry["dimension"])
-            scales = _fill(matrix[group, :, columns], getattr(store, statistic), present, labelled, store)
+        raise PipelineError(f"{store.folder}: found no labelled clip with features, expected some to learn from")
+    matrix = torch.empty(groups, len(clip_ids), _dimension(entry), dtype=dtype)
+    centre, spread = torch.empty(groups, matrix.shape[-1]), torch.empty(groups, matrix.shape[-1])
+    for i, statistic in enumerate(entry["statistics"]):
+        columns = slice(i * entry["dimension"], (i + 1) * entry["dimension"])
+        values = getattr(store, statistic)  # (N, groups * C), fold after fold
+        if values.shape[1] != groups * entry["dimension"]:
+            raise PipelineError(f"{store.folder}: features have dimension {values.shape[1] / groups:g}, expected "
+                                f"{entry['dimension']} ({MODALITIES})")
+        for group, block in enumerate(np.split(values, groups, axis=1)):
+            scales = _fill(matrix[group, :, columns], block, present, labelled, store)
             centre[group, columns], spread[group, columns] = scales
-    return Modality(entry["name"], matrix, centre, spread, torch.from_numpy(present))
+    return Modality(entry["name"], matrix, centre, spread, torch.from_numpy(present), source=entry)
 
 
 def _fill(
@@ -198,18 +193,15 @@ def _dimension(entry: dict[str, Any]) -> int:
     return int(entry["dimension"]) * len(entry["statistics"])
 
 
-def _open(folder: Path, entry: dict[str, Any], clip_ids: list[str]) -> Store:
-    store = Store(folder)
-    if store.attrs.get("dimension") != entry["dimension"]:
-        raise PipelineError(
-            f"{folder}: features have dimension {store.attrs.get('dimension')}, expected {entry['dimension']} "
-            f"({MODALITIES})"
-        )
+def _check_store(store: Store, folds: int, clip_ids: list[str]) -> None:
+    found = int(store.attrs.get("folds", 1))
+    if found != folds:
+        raise PipelineError(f"{store.folder}: features of {found} folds, expected {folds} (data/folds.csv)")
     if store.clip_ids != clip_ids:
-        found, expected = set(store.clip_ids), set(clip_ids)
-        what = f"lacks {min(expected - found)}" if expected - found else "has other clips or another order"
-        raise PipelineError(f"{folder}: {what}, expected the {len(clip_ids)} clips of data/manifest.csv in its order")
-    return store
+        have, expected = set(store.clip_ids), set(clip_ids)
+        what = f"lacks {min(expected - have)}" if expected - have else "has other clips or another order"
+        raise PipelineError(f"{store.folder}: {what}, expected the {len(clip_ids)} clips of data/manifest.csv in its "
+                            f"order")
 
 
 def _location_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,29 +238,43 @@ def fold_statistics(inputs: Inputs, standardize: bool) -> Statistics:
     for modality in inputs.modalities:
         shape = (inputs.fold_count, modality.dimension)
         mean, scale = torch.zeros(shape, device=inputs.device), torch.ones(shape, device=inputs.device)
-        for group in range(len(modality.matrix) if standardize else 0):
-            sums = torch.stack([_sums(inputs, modality, group, fold) for fold in range(inputs.fold_count)])
-            for fold in range(inputs.fold_count) if len(modality.matrix) == 1 else [group]:
-                counts, total, squares = sums[torch.arange(inputs.fold_count) != fold].sum(dim=0)
-                middle = total / counts.clamp(min=1)
-                deviation = (squares / counts.clamp(min=1) - middle.square()).clamp(min=0).sqrt()
-                spread = modality.spread[group].double()
-                mean[fold] = (modality.centre[group] + spread * middle).float()
-                scale[fold] = torch.where(deviation > CONSTANT, spread * deviation, 1.0).float()
+        for fold in range(inputs.fold_count if standardize else 0):
+            group = fold % len(modality.matrix)
+            rows = torch.from_numpy(np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))).to(inputs.device)
+            values = modality.matrix[group, rows[modality.present[rows]]].double()
+            if not len(values):
+                continue
+            variance, middle = torch.var_mean(values, dim=0, correction=0)
+            spread = modality.spread[group].double()
+            mean[fold] = (modality.centre[group] + spread * middle).float()
+            scale[fold] = torch.where(variance.sqrt() > CONSTANT, spread * variance.sqrt(), 1.0).float()
         statistics[modality.name] = (mean, scale)
     return statistics
 
 
-def _sums(inputs: Inputs, modality: Modality, group: int, fold: int) -> Tensor:
-    """Count, sum and sum of squares over the fold's clips that have the modality: (3, D) float64."""
-    rows = torch.from_numpy(np.flatnonzero(inputs.folds == fold)).to(inputs.device)
-    sums = torch.zeros(3, modality.dimension, dtype=torch.float64, device=inputs.device)
-    for block in rows[modality.present[rows]].split(BLOCK // 8):
-        values = modality.matrix[group, block].double()
-        sums += torch.stack([torch.full_like(sums[0], len(block)), values.sum(dim=0), values.square().sum(dim=0)])
-    return sums
+class Standardised:
+    """Clips as a fold's models are fed them: standardised by the fold's statistics, absent modalities zeros."""
 
+    def __init__(self, inputs: Inputs, statistics: Statistics, fold: int):
+        self._parts = []
+        for modality in inputs.modalities:
+            group = fold % len(modality.matrix)
+            mean, scale = (t[fold].to(inputs.device) for t in statistics[modality.name])
+            factor, shift = modality.spread[group] / scale, (modality.centre[group] - mean) / scale
+            self._parts.append((modality.name, modality.matrix[group], factor, shift))
+        self._present = inputs.present
 
-def affine(modality: Modality, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b), each (F, D) float32, with matrix * a + b = (raw features - mean) / scale for mean, scale (F, D)."""
-    return modality.spread / scale, (modality.centre - mean) / scale
+    def __call__(self, rows: Tensor, removed: frozenset[str] = frozenset()) -> tuple[list[Tensor], Tensor]:
+        """rows: (B,) row numbers. Returns per modality (B, D) float32, and what is present, (B, modalities) bool.
+
+        A modality in `removed` is absent from every clip.
+        """
+        present, features = self._present[rows], []
+        for i, (name, matrix, factor, shift) in enumerate(self._parts):
+            if name in removed:
+                present[:, i] = False
+                features.append(factor.new_zeros(len(rows), len(factor)))
+            else:
+                values = torch.addcmul(shift, matrix[rows].float(), factor)
+                features.append(values.mul_(present[:, i, None]))
+        return features, present
