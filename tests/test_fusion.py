@@ -242,9 +242,13 @@ def test_constant_dimensions_do_no_harm():
     inputs, _ = make_inputs()
     for modality in inputs.modalities:
         modality.matrix[:, inputs.labelled, 0] = 0
+    modality.centre[:, 0] = 0  # one of them zeros throughout
     outputs = train(inputs, p, tiled(inputs, p), "test")
     assert torch.isfinite(outputs.votes).all()
-    assert all((scale[:, 0] == 1).all() for _, scale in outputs.ensemble.statistics.values())
+    for modality, (mean, scale) in zip(inputs.modalities, outputs.ensemble.statistics.values(), strict=True):
+        expected = torch.where(modality.centre[:, 0] == 0, 1, modality.centre[:, 0].abs())
+        torch.testing.assert_close(scale[:, 0], expected.expand(3))
+        torch.testing.assert_close(mean[:, 0], modality.centre[:, 0].expand(3))
 
 
 def test_removed_modality_is_an_absent_one():

@@ -78,6 +78,29 @@ def test_half_precision_survives_large_offsets_and_outliers(tmp_path, monkeypatc
     assert np.abs(raw_features(loaded, 0) - raw_features(huge, 0))[loaded.present].max() < 5e-3
 
 
+def test_rounding_of_a_nearly_constant_dimension_is_not_standardised_up(tmp_path, monkeypatch):
+    """Features move by 5e-7 of their size with the batch they are computed in: that must not become an input."""
+    generator, found = np.random.default_rng(0), []
+    inputs, _ = make_inputs()
+    sound = inputs.modalities[0]
+    spread = sound.spread.clone()
+    spread[:, :4] = 3e-6 * sound.centre[:, :4].abs()  # varies by a few times its rounding
+    for noise in (0.0, 5e-7):
+        rounding = noise * torch.from_numpy(generator.normal(size=sound.matrix.shape))
+        moved = (sound.matrix + sound.centre / spread * rounding).float() * sound.present[:, None]
+        changed = dataclasses.replace(sound, matrix=moved, spread=spread)
+        folder = tmp_path / str(noise)
+        write_run(folder, dataclasses.replace(inputs, modalities=(changed, *inputs.modalities[1:])))
+        monkeypatch.chdir(folder)
+        loaded = load_run()
+        for fold in range(3):
+            feed = features.Standardised(loaded, features.fold_statistics(loaded, True), fold)
+            found.append(feed(torch.arange(len(loaded.clip_ids)))[0][0])
+    for before, after in zip(found[:3], found[3:], strict=True):
+        assert before[:, 4:].std() > 0.5  # the others still tell clips apart
+        assert (before - after).abs().max() < 1e-4
+
+
 def rewrite_manifest(column, change):
     table = pd.read_csv("data/manifest.csv", dtype=str, keep_default_na=False)
     table[column] = [change(row) for _, row in table.iterrows()]

@@ -24,7 +24,10 @@ from stages.engine.store import Store
 MODALITIES = Path("data/modalities.json")
 HALF_ABOVE = 2 << 30  # bytes of float32 features from which on they are kept as float16
 BLOCK = 4096  # rows converted at a time
-CONSTANT = 1e-6  # a deviation below this share of the values' size is rounding: the dimension is constant
+# A dimension whose deviation is below this share of its mean counts as constant. Float32 features move by 5e-7 of their
+# size with the batch they are computed in, by more in half precision: what varies less than 200 times that is not
+# standardised up to the size of what tells clips apart.
+CONSTANT = 1e-4
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # modality -> mean (F, D), scale (F, D), float32, of raw features
 
@@ -175,7 +178,8 @@ def _fill(
     matrix: Tensor, values: np.ndarray, present: np.ndarray, labelled: np.ndarray, store: Store
 ) -> tuple[Tensor, Tensor]:
     """Write a statistic's values (N, C), centred and scaled, to matrix; return centre and spread (C,) float32."""
-    centre, spread = _location_and_scale(values[present & labelled])
+    location, scale = _location_and_scale(torch.from_numpy(values[present & labelled]))
+    centre, spread = location.float().numpy(), scale.float().numpy()
     limit = torch.finfo(matrix.dtype).max
     for start in range(0, len(values), BLOCK):
         block = values[start : start + BLOCK]
@@ -204,13 +208,12 @@ def _check_store(store: Store, folds: int, clip_ids: list[str]) -> None:
                             f"order")
 
 
-def _location_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation per column, float32; the deviation of a constant column is 1."""
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN is found, with its clip, when the block is read
-        mean = values.mean(axis=0, dtype=np.float64)
-        deviation = values.std(axis=0, dtype=np.float64)
-        deviation[~(deviation > CONSTANT * np.abs(mean))] = 1
-    return mean.astype(np.float32), deviation.astype(np.float32)
+def _location_and_scale(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per column of (n, D), float64; for a constant column its size in place of the deviation, so
+    that next to nothing is left of it, and 1 for zeros."""
+    variance, mean = torch.var_mean(values.double(), dim=0, correction=0)
+    deviation, size = variance.sqrt(), mean.abs()
+    return mean, torch.where(deviation > CONSTANT * size, deviation, torch.where(size > 0, size, 1.0))
 
 
 def _move(modality: Modality, device: str) -> Modality:
@@ -231,8 +234,8 @@ def _read_json(path: Path) -> Any:
 def fold_statistics(inputs: Inputs, standardize: bool) -> Statistics:
     """Mean and scale of each fold's training part: labelled clips of the other folds that have the modality.
 
-    A constant dimension gets scale 1. Without `standardize` mean 0 and scale 1 throughout. Pseudo-labelled clips
-    do not count: the same statistics serve all rounds of self-training.
+    Without `standardize` mean 0 and scale 1 throughout. Pseudo-labelled clips do not count: the same statistics serve
+    all rounds of self-training.
     """
     statistics = {}
     for modality in inputs.modalities:
@@ -242,12 +245,8 @@ def fold_statistics(inputs: Inputs, standardize: bool) -> Statistics:
             group = fold % len(modality.matrix)
             rows = torch.from_numpy(np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))).to(inputs.device)
             values = modality.matrix[group, rows[modality.present[rows]]].double()
-            if not len(values):
-                continue
-            variance, middle = torch.var_mean(values, dim=0, correction=0)
-            spread = modality.spread[group].double()
-            mean[fold] = (modality.centre[group] + spread * middle).float()
-            scale[fold] = torch.where(variance.sqrt() > CONSTANT, spread * variance.sqrt(), 1.0).float()
+            if len(values):
+                mean[fold], scale[fold] = _location_and_scale(modality.centre[group] + modality.spread[group] * values)
         statistics[modality.name] = (mean, scale)
     return statistics
 
