@@ -72,6 +72,10 @@ def test_tracked_params_cover_what_the_stage_reads(
     assert read - UNTRACKED <= tracked | {"corpus"}, f"{shown} reads {sorted(read)}, tracks {sorted(tracked)}"
 
 
+def test_how_to_evaluate_retrains_nothing() -> None:
+    assert not [name for name, entry in STAGES.items() if name != "evaluate" and "evaluate" in entry.get("params", [])]
+
+
 def test_the_cmd_holds_nothing_of_runtime() -> None:
     assert "runtime" not in (ROOT / "dvc.yaml").read_text()
 

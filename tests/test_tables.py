@@ -46,7 +46,7 @@ def test_rows_whose_features_are_missing_are_left_out() -> None:
     del params["extractors"]["baichuan"]
     params["fusion"]["modalities"] = ["hubert", "clip", "emovclip"]
     left = [row.name for row in ROWS if not possible(row, params)]
-    assert left == ["baichuan-text", "baichuan", "baseline", "without-emovclip"]
+    assert left == ["baichuan-text", "baichuan", "plain", "without-emovclip"]
 
 
 def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() -> None:
