@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from stages.engine.errors import PipelineError
-from stages.engine.params import Fusion
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,6 @@ class Architecture:
     dropout: float
     modality_dropout: float
     keep_one: bool
-
-    @classmethod
-    def of(cls, p: Fusion, dimensions: dict[str, int], labels: int) -> "Architecture":
-        """The recipe's for these modalities, in their order."""
-        widths = tuple(dimensions.values())
-        return cls(p.architecture, tuple(dimensions), widths, labels, p.hidden, p.dropout, p.modality_dropout,
-                   p.keep_one)
 
     def build(self, generator: torch.Generator | None = None) -> nn.Module:
         """A model with fresh weights on the current default device. PipelineError for a name that is no fusion's."""

@@ -106,20 +106,18 @@ def load_inputs(modalities: Sequence[str], label_names: Sequence[str], device: s
     numbers = sum(_dimension(entries[n]) * (folds.max() + 1 if entries[n]["per_fold"] else 1) for n in modalities)
     dtype = torch.float16 if numbers * len(clips) * 4 > HALF_ABOVE else torch.float32
     loaded = [_load_modality(entries[n], clip_ids, splits == "labelled", folds.max() + 1, dtype) for n in modalities]
-    on_device = tuple(_move(modality, device) for modality in loaded)
-    return Inputs(clip_ids, splits, labels, folds, tuple(label_names), on_device)
+    moved = [replace(m, matrix=m.matrix.to(device), centre=m.centre.to(device), spread=m.spread.to(device),
+                     present=m.present.to(device)) for m in loaded]
+    return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(moved))
 
 
-def _label_indices(
-    clip_ids: list[str], splits: np.ndarray, names: list[str], label_names: Sequence[str]
-) -> np.ndarray:
+def _label_indices(clip_ids: list[str], splits: np.ndarray, names: list[str], label_names: Sequence[str]) -> np.ndarray:
     index = {name: i for i, name in enumerate(label_names)}
     labels = np.full(len(clip_ids), -1, np.int64)
     for row in np.flatnonzero(splits == "labelled"):
         if names[row] not in index:
-            raise PipelineError(
-                f"data/manifest.csv: clip {clip_ids[row]}: label {names[row]!r}, expected one of {list(label_names)}"
-            )
+            raise PipelineError(f"data/manifest.csv: clip {clip_ids[row]}: label {names[row]!r}, expected one of "
+                                f"{list(label_names)}")
         labels[row] = index[names[row]]
     if (labels < 0).all():
         raise PipelineError("data/manifest.csv: found no labelled clips; the fusion needs some to learn from")
@@ -135,9 +133,8 @@ def _fold_numbers(clip_ids: list[str], splits: np.ndarray) -> np.ndarray:
         folds[row] = by_clip[clip_ids[row]]
     counts = np.bincount(folds[folds >= 0])
     if len(counts) < 2 or not counts.all():
-        raise PipelineError(
-            f"data/folds.csv: found {counts.tolist()} clips per fold, expected two folds or more, none of them empty"
-        )
+        raise PipelineError(f"data/folds.csv: found {counts.tolist()} clips per fold, expected two folds or more, none "
+                            f"of them empty")
     return folds
 
 
@@ -145,15 +142,15 @@ def _check_classes(labels: np.ndarray, folds: np.ndarray, label_names: Sequence[
     counts = np.bincount(labels[labels >= 0], minlength=len(label_names))
     for name, count in zip(label_names, counts, strict=True):
         if count <= folds.max():
-            raise PipelineError(
-                f"data/manifest.csv: class {name!r} has {count} labelled clips, expected at least one per fold "
-                f"({folds.max() + 1}); lower folds.count or leave the class out of corpus.labels"
-            )
+            raise PipelineError(f"data/manifest.csv: class {name!r} has {count} labelled clips, expected at least one "
+                                f"per fold ({folds.max() + 1}); lower folds.count or leave the class out of "
+                                f"corpus.labels")
 
 
 def _load_modality(
     entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype
 ) -> Modality:
+    """`labelled`: (N,) bool. Where the entry is per fold the store's mean holds every fold's features in turn."""
     store = Store(entry["folder"])
     groups = folds if entry["per_fold"] else 1
     _check_store(store, groups, clip_ids)
@@ -214,11 +211,6 @@ def _location_and_scale(values: Tensor) -> tuple[Tensor, Tensor]:
     variance, mean = torch.var_mean(values.double(), dim=0, correction=0)
     deviation, size = variance.sqrt(), mean.abs()
     return mean, torch.where(deviation > CONSTANT * size, deviation, torch.where(size > 0, size, 1.0))
-
-
-def _move(modality: Modality, device: str) -> Modality:
-    tensors = {name: getattr(modality, name).to(device) for name in ("matrix", "centre", "spread", "present")}
-    return replace(modality, **tensors)
 
 
 def _read_json(path: Path) -> Any:

@@ -120,10 +120,8 @@ def pseudo_labels_in_use(p: SelfTraining, taken: pd.DataFrame, chosen: pd.DataFr
 
 
 def _same(chosen: pd.DataFrame, taken: pd.DataFrame) -> bool:
-    def keys(table: pd.DataFrame) -> set[tuple[int, int, int]]:
-        return set(zip(table["seed"], table["row"], table["label"], strict=True))
-
-    return keys(chosen) == keys(taken)
+    one, other = (set(zip(table["seed"], table["row"], table["label"], strict=True)) for table in (chosen, taken))
+    return one == other
 
 
 def _train_round(

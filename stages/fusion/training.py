@@ -54,7 +54,9 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outp
 
 def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
     """The model for these modalities and labels."""
-    return Architecture.of(recipe, {m.name: m.dimension for m in inputs.modalities}, len(inputs.label_names))
+    names, dimensions = tuple(m.name for m in inputs.modalities), tuple(m.dimension for m in inputs.modalities)
+    return Architecture(recipe.architecture, names, dimensions, len(inputs.label_names), recipe.hidden, recipe.dropout,
+                        recipe.modality_dropout, recipe.keep_one)
 
 
 def fit(
