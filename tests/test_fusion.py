@@ -1,4 +1,4 @@
-"""The fusion: each model alone and among others, the attention module against a plain one, dropout, standardisation."""
+"""The fusion: each model alone and among others, beside a plain loop; architectures and dropout; standardisation."""
 
 import dataclasses
 import threading
@@ -9,7 +9,9 @@ import torch
 from fusion_data import LABELS, make_inputs, raw_features, recipe, tiled
 from sklearn.metrics import f1_score
 
+from stages import fusion
 from stages.fusion import ensemble as ensemble_module
+from stages.fusion import training
 from stages.fusion.architectures import Architecture, Dropout, keep_modalities
 from stages.fusion.features import Standardised, fold_statistics
 from stages.fusion.training import Training, fit, train
@@ -36,6 +38,48 @@ def test_a_model_among_others_equals_itself_alone(cores, monkeypatch):
             alone.run_epoch()
         assert all(torch.equal(model.best[name], alone.best[name]) for name in alone.best)
         assert torch.equal(model.softmax, alone.softmax) and model.curve == alone.curve
+
+
+def plain_training(inputs, p, seed, fold):
+    """One model trained as a textbook does it, on features standardised by numpy in float64."""
+    initial, order, dropout = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3))
+    torch.manual_seed(initial)
+    model = training.architecture_of(inputs, p).build(torch.Generator().manual_seed(dropout))
+    adam = torch.optim.Adam(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay)
+    learn = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))
+    valid, present, features = np.flatnonzero(inputs.folds == fold), inputs.present.numpy(), []
+    for i, modality in enumerate(inputs.modalities):
+        raw = raw_features(modality, fold)
+        seen = raw[learn[present[learn, i]]]
+        values = (raw - seen.mean(axis=0)) / seen.std(axis=0) * present[:, i, None]
+        features.append(torch.tensor(values, dtype=torch.float32))
+    generator, history = torch.Generator().manual_seed(order), []
+    for _ in range(p.epochs):
+        shuffled = learn[torch.randperm(len(learn), generator=generator)]
+        model.train()
+        for start in range(0, len(shuffled), p.batch_size):
+            rows = shuffled[start : start + p.batch_size]
+            logits, _ = model([x[rows] for x in features], inputs.present[rows])
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(inputs.labels)[rows])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        with torch.no_grad():
+            history.append(model.eval()([x[valid] for x in features], inputs.present[valid])[0].softmax(dim=1))
+    return history
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.1, "keep_one": False, "modality_dropout": 0.6}])
+def test_equals_a_plain_torch_loop(changes):
+    p = recipe(epochs=4, **changes)
+    inputs, _ = make_inputs()
+    outputs = train(inputs, p, tiled(inputs, p), "test")
+    for s, fold in np.ndindex(2, 3):
+        history = plain_training(inputs, p, p.seeds[s], fold)
+        rows = np.flatnonzero(inputs.folds[inputs.labelled] == fold)
+        assert (outputs.out_of_fold_last[s, rows] - history[-1]).abs().max() < 1e-5
+        best = outputs.curves[s, fold, :, 2].argmax()  # the first of equals
+        assert (outputs.out_of_fold_best[s, rows] - history[best]).abs().max() < 1e-5
 
 
 def test_seeds_and_folds_differ_in_weights_order_and_dropout():
@@ -192,16 +236,35 @@ def test_prediction_is_the_same_on_any_number_of_cores(monkeypatch):
     assert not found[0][1].isnan().any()
 
 
-def test_an_architecture_without_attention_has_no_scores(monkeypatch):
-    inputs, _ = make_inputs()
-    p = recipe(epochs=1)
-    ensemble = train(inputs, p, tiled(inputs, p), "test").ensemble
-    from stages.fusion.attention import Model
+CONCATENATION = """
+import torch
+from torch import nn
+from stages.fusion.architectures import Dropout
 
-    real = Model.forward
-    monkeypatch.setattr(Model, "forward", lambda self, *clips: (real(self, *clips)[0], None))
-    softmax, attention = ensemble.predict_with_attention(inputs, inputs.others)
-    assert torch.equal(softmax, ensemble.predict(inputs, inputs.others)) and attention.isnan().all()
+class Model(nn.Module):
+    def __init__(self, architecture, generator=None):
+        super().__init__()
+        self.dropout = Dropout(architecture.dropout, generator)
+        self.linear = nn.Linear(sum(architecture.dimensions), architecture.labels)
+
+    def forward(self, features, present):
+        return self.linear(self.dropout(torch.cat(features, dim=1))), None
+"""
+
+
+def test_another_architecture_is_one_file_and_its_name(tmp_path, monkeypatch):
+    (tmp_path / "concatenation.py").write_text(CONCATENATION)
+    monkeypatch.setattr("stages.fusion.__path__", [*fusion.__path__, str(tmp_path)])
+    p = recipe(architecture="concatenation", epochs=20, learning_rate=0.03)
+    inputs, truth = make_inputs()
+    outputs = train(inputs, p, tiled(inputs, p), "test")
+    called = outputs.votes.mean(dim=(0, 1)).argmax(dim=1).numpy()
+    assert (called == truth[inputs.others]).mean() > 0.8
+    outputs.ensemble.save(tmp_path / "models")
+    loaded = ensemble_module.load_ensemble(tmp_path / "models")
+    softmax, attention = loaded.predict_with_attention(inputs, inputs.others)
+    assert torch.equal(softmax, outputs.votes)
+    assert attention.shape == (2, 3, len(inputs.others), 3) and attention.isnan().all()  # it has none
 
 
 def test_standardisation_sees_the_training_part_only():

@@ -12,7 +12,7 @@ made as usual: the weights' first values are drawn from torch's global generator
 
 import importlib
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -36,9 +36,8 @@ class Architecture:
 
     def build(self, generator: torch.Generator | None = None) -> nn.Module:
         """A model with fresh weights on the current default device. PipelineError for a name that is no fusion's."""
-        model = None
-        if (Path(__file__).parent / f"{self.name}.py").exists():
-            model = getattr(importlib.import_module(f"stages.fusion.{self.name}"), "Model", None)
+        module = f"stages.fusion.{self.name}"
+        model = getattr(importlib.import_module(module), "Model", None) if find_spec(module) else None
         if model is None:
             raise PipelineError(f"params.yaml: fusion.architecture: found {self.name!r}, expected a module of "
                                 f"stages/fusion with a class Model")
