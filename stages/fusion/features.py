@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.errors import PipelineError
-from stages.engine.manifest import read_folds, read_manifest
+from stages.engine.manifest import Clip, read_folds, read_manifest
 from stages.engine.store import Store
 
 MODALITIES = Path("data/modalities.json")
@@ -96,59 +96,46 @@ def load_inputs(modalities: Sequence[str], label_names: Sequence[str], device: s
     clips = read_manifest()
     clip_ids = [clip.clip_id for clip in clips]
     splits = np.array([clip.split for clip in clips], dtype=np.str_)
-    labels = _label_indices(clip_ids, splits, [clip.label for clip in clips], label_names)
-    folds = _fold_numbers(clip_ids, splits)
-    _check_classes(labels, folds, label_names)
+    labels, folds = _labels_and_folds(clips, label_names)
     entries = {entry["name"]: entry for entry in _read_json(MODALITIES)["modalities"]}
     for name in modalities:
         if name not in entries:
             raise PipelineError(f"{MODALITIES}: found no modality {name!r}, expected one of {sorted(entries)}")
-    numbers = sum(_dimension(entries[n]) * (folds.max() + 1 if entries[n]["per_fold"] else 1) for n in modalities)
+    count = int(folds.max()) + 1
+    numbers = sum(_dimension(entries[name]) * (count if entries[name]["per_fold"] else 1) for name in modalities)
     dtype = torch.float16 if numbers * len(clips) * 4 > HALF_ABOVE else torch.float32
-    loaded = [_load_modality(entries[n], clip_ids, splits == "labelled", folds.max() + 1, dtype) for n in modalities]
-    moved = [replace(m, matrix=m.matrix.to(device), centre=m.centre.to(device), spread=m.spread.to(device),
-                     present=m.present.to(device)) for m in loaded]
-    return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(moved))
+    loaded = (_load_modality(entries[n], clip_ids, splits == "labelled", count, dtype, device) for n in modalities)
+    return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(loaded))
 
 
-def _label_indices(clip_ids: list[str], splits: np.ndarray, names: list[str], label_names: Sequence[str]) -> np.ndarray:
-    index = {name: i for i, name in enumerate(label_names)}
-    labels = np.full(len(clip_ids), -1, np.int64)
-    for row in np.flatnonzero(splits == "labelled"):
-        if names[row] not in index:
-            raise PipelineError(f"data/manifest.csv: clip {clip_ids[row]}: label {names[row]!r}, expected one of "
+def _labels_and_folds(clips: Sequence[Clip], label_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Class and fold of every clip, (N,) int64 each, -1 unless labelled."""
+    index, by_clip = {name: i for i, name in enumerate(label_names)}, read_folds()
+    labels, folds = np.full(len(clips), -1, np.int64), np.full(len(clips), -1, np.int64)
+    for row, clip in enumerate(clips):
+        if clip.split != "labelled":
+            continue
+        if clip.label not in index:
+            raise PipelineError(f"data/manifest.csv: clip {clip.clip_id}: label {clip.label!r}, expected one of "
                                 f"{list(label_names)}")
-        labels[row] = index[names[row]]
+        if clip.clip_id not in by_clip:
+            raise PipelineError(f"data/folds.csv: found no fold for the labelled clip {clip.clip_id}")
+        labels[row], folds[row] = index[clip.label], by_clip[clip.clip_id]
     if (labels < 0).all():
         raise PipelineError("data/manifest.csv: found no labelled clips; the fusion needs some to learn from")
-    return labels
-
-
-def _fold_numbers(clip_ids: list[str], splits: np.ndarray) -> np.ndarray:
-    by_clip = read_folds()
-    folds = np.full(len(clip_ids), -1, np.int64)
-    for row in np.flatnonzero(splits == "labelled"):
-        if clip_ids[row] not in by_clip:
-            raise PipelineError(f"data/folds.csv: found no fold for the labelled clip {clip_ids[row]}")
-        folds[row] = by_clip[clip_ids[row]]
-    counts = np.bincount(folds[folds >= 0])
-    if len(counts) < 2 or not counts.all():
-        raise PipelineError(f"data/folds.csv: found {counts.tolist()} clips per fold, expected two folds or more, none "
+    sizes = np.bincount(folds[folds >= 0])
+    if len(sizes) < 2 or not sizes.all():
+        raise PipelineError(f"data/folds.csv: found {sizes.tolist()} clips per fold, expected two folds or more, none "
                             f"of them empty")
-    return folds
-
-
-def _check_classes(labels: np.ndarray, folds: np.ndarray, label_names: Sequence[str]) -> None:
-    counts = np.bincount(labels[labels >= 0], minlength=len(label_names))
-    for name, count in zip(label_names, counts, strict=True):
-        if count <= folds.max():
+    for name, count in zip(label_names, np.bincount(labels[labels >= 0], minlength=len(label_names)), strict=True):
+        if count < len(sizes):
             raise PipelineError(f"data/manifest.csv: class {name!r} has {count} labelled clips, expected at least one "
-                                f"per fold ({folds.max() + 1}); lower folds.count or leave the class out of "
-                                f"corpus.labels")
+                                f"per fold ({len(sizes)}); lower folds.count or leave the class out of corpus.labels")
+    return labels, folds
 
 
 def _load_modality(
-    entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype
+    entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype, device: str
 ) -> Modality:
     """`labelled`: (N,) bool. Where the entry is per fold the store's mean holds every fold's features in turn."""
     store = Store(entry["folder"])
@@ -165,29 +152,25 @@ def _load_modality(
         if values.shape[1] != groups * entry["dimension"]:
             raise PipelineError(f"{store.folder}: features have dimension {values.shape[1] / groups:g}, expected "
                                 f"{entry['dimension']} ({MODALITIES})")
-        for group, block in enumerate(np.split(values, groups, axis=1)):
-            scales = _fill(matrix[group, :, columns], block, present, labelled, store)
-            centre[group, columns], spread[group, columns] = scales
-    return Modality(entry["name"], matrix, centre, spread, torch.from_numpy(present), source=entry)
+        for group, part in enumerate(torch.from_numpy(values).chunk(groups, dim=1)):
+            mean, scale = _location_and_scale(part[torch.from_numpy(present & labelled)])
+            centre[group, columns], spread[group, columns] = mean, scale
+            _fill(matrix[group, :, columns], part, centre[group, columns], spread[group, columns], store)
+    tensors = (tensor.to(device) for tensor in (matrix, centre, spread, torch.from_numpy(present)))
+    return Modality(entry["name"], *tensors, source=entry)
 
 
-def _fill(
-    matrix: Tensor, values: np.ndarray, present: np.ndarray, labelled: np.ndarray, store: Store
-) -> tuple[Tensor, Tensor]:
-    """Write a statistic's values (N, C), centred and scaled, to matrix; return centre and spread (C,) float32."""
-    location, scale = _location_and_scale(torch.from_numpy(values[present & labelled]))
-    centre, spread = location.float().numpy(), scale.float().numpy()
-    limit = torch.finfo(matrix.dtype).max
+def _fill(matrix: Tensor, values: Tensor, centre: Tensor, spread: Tensor, store: Store) -> None:
+    """Write a statistic's values (N, C), centred and scaled, to matrix (N, C)."""
+    limit, absent = torch.finfo(matrix.dtype).max, torch.from_numpy(~store.present)
     for start in range(0, len(values), BLOCK):
-        block = values[start : start + BLOCK]
-        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
-        if bad.size:
-            clip = store.clip_ids[start + bad[0]]
+        part = slice(start, start + BLOCK)
+        bad = torch.nonzero(~values[part].isfinite().all(dim=1))
+        if len(bad):
+            clip = store.clip_ids[start + int(bad[0])]
             raise PipelineError(f"{store.folder}: clip {clip} holds NaN or infinite features, expected numbers")
-        block = (block - centre) / spread
-        block[~present[start : start + BLOCK]] = 0
-        matrix[start : start + BLOCK] = torch.from_numpy(block).clamp_(-limit, limit)
-    return torch.from_numpy(centre), torch.from_numpy(spread)
+        block = ((values[part] - centre) / spread).clamp_(-limit, limit)
+        matrix[part] = block.masked_fill_(absent[part, None], 0)
 
 
 def _dimension(entry: dict[str, Any]) -> int:
