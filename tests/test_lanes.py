@@ -8,23 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusion_data import make_inputs, recipe
 from test_baichuan import SENTENCES
 from test_baichuan import _text_model as make_text_model
 
-from stages import encoding, extract_emovclip
 from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import make_clip
 from stages.corpora.demo.text import sentences
 from stages.encoders import baichuan, clip, hubert
 from stages.encoders.pooling import pooled_row
+from stages.engine import encoding
 from stages.engine.devices import lanes
 from stages.engine.encoding import Encode
 from stages.engine.params import Runtime
 from stages.engine.store import Row
 from stages.engine.work import Input
-from stages.fusion import training
-from stages.fusion.features import fold_statistics
 
 RUNTIME = Runtime(device="cpu", workers=2, executor="local", ray_address="auto", ray_gpus_per_task=1,
                   batch_memory_mb="auto", gradient_checkpointing=False, clip_timeout_seconds=60, keep_parts=False)
@@ -178,50 +175,3 @@ def test_frames_are_kept_for_the_next_fold_as_far_as_the_room_goes(monkeypatch: 
     encoder = extract_emovclip.FromClipId(texts, str, kept)
     assert [len(encoder.prepare(name)) for name in lengths] == [6, 5, 4, 1]
     assert list(kept) == ["a", "b"] and encoder.prepare("a") is kept["a"]
-
-
-# ---------------------------------------------------------------- the fusion
-
-
-def fitted(cores: int, monkeypatch: pytest.MonkeyPatch) -> training.Fitted:
-    monkeypatch.setattr(training, "cores", lambda: cores)
-    p = recipe(epochs=4)
-    inputs, _ = make_inputs()  # folds of unequal size
-    labels = np.tile(inputs.labels, (len(p.seeds), 1))
-    models = list(np.ndindex(len(p.seeds), inputs.fold_count))
-    return training.fit(inputs, p, labels, fold_statistics(inputs, True), models, "test")
-
-
-@pytest.mark.parametrize("cores", [2, 4, 100])  # of six models: two groups, six that take turns, six
-def test_groups_of_models_train_as_all_at_once(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    several, one = fitted(cores, monkeypatch), fitted(1, monkeypatch)
-    for field in ("parameters", "best", "last", "curves"):
-        torch.testing.assert_close(getattr(several, field), getattr(one, field), rtol=1e-5, atol=1e-5)
-
-
-def test_a_group_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    epochs, real = [], training.evaluate
-
-    def broken(*arguments: Any) -> Any:
-        epochs.append(threading.get_ident())
-        if len(epochs) == 1:
-            raise ArithmeticError("the first group")
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "evaluate", broken)
-    monkeypatch.setattr(training, "plan_epoch", slowly(training.plan_epoch))
-    with pytest.raises(ArithmeticError, match="the first group"):
-        fitted(2, monkeypatch)
-    assert len(epochs) < 5  # of 1 + 4
-
-
-def slowly(function: Any) -> Any:
-    """The second epoch of a group waits until the first group's end had time to be noticed."""
-    pause = threading.Event()
-
-    def call(*arguments: Any) -> Any:
-        if arguments[-1] > 0:
-            pause.wait(0.3)
-        return function(*arguments)
-
-    return call

@@ -150,6 +150,7 @@ class EmoVCLIP(Section):
 
 class Fusion(Section):
     modalities: Annotated[list[str], Field(min_length=1)]
+    architecture: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     standardize: bool
     modality_dropout: Probability
     keep_one: bool
@@ -160,7 +161,6 @@ class Fusion(Section):
     learning_rate: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
-    missing: Literal["report", "off"]
 
 
 class SelfTraining(Section):
@@ -175,6 +175,7 @@ class SelfTraining(Section):
 class Evaluate(Section):
     bootstrap: Positive
     seed: NonNegative
+    missing: Literal["report", "off"]
 
 
 class Device(Section):
