@@ -11,7 +11,10 @@ from stages.media import centerface, openface
 
 
 def faces_row(clip_id: str, path: str, faces: Faces, time_limit: float) -> Row:
-    """JPEG crops of one clip, their frame indices and confidences. Raises Skip where no face is found."""
+    """JPEG crops of one clip, their frame indices and confidences. Raises Skip where no face is found.
+
+    A face followed between two detections (faces.detect_every) has the lower of their confidences.
+    """
     options = (faces.stride, faces.size, faces.min_confidence, faces.quality)
     if faces.detector == "openface":
         found = openface.crop_clip(path, *options, faces.openface_binary, time_limit)
