@@ -14,7 +14,7 @@ from stages.engine.files import replacing
 from stages.engine.manifest import read_transcripts
 from stages.engine.params import Params, load
 from stages.rankings.cache import FOLDER, Answer
-from stages.rankings.providers import rank
+from stages.rankings.providers import question, rank
 
 OUT = Path("data/rankings.jsonl")
 REASONS_SHOWN = 3
@@ -37,6 +37,7 @@ def check_failures(answers: Mapping[str, Answer], p: Params) -> None:
 
 def write_rankings(clips: Mapping[str, Sequence[str]], answers: Mapping[str, Answer], p: Params) -> None:
     """One JSON line per distinct transcript, in order of first appearance; `clips` are the clips of each."""
+    asked = question(p).digest  # a clone compares it, to know whether these answers are to its own question
     with replacing(OUT) as file:
         for transcript, clip_ids in clips.items():
             answer = answers[transcript]
@@ -44,6 +45,7 @@ def write_rankings(clips: Mapping[str, Sequence[str]], answers: Mapping[str, Ans
                 "transcript": transcript,
                 "ranking": answer.ranking,
                 "clip_ids": clip_ids,
+                "question": asked,
                 "provider": p.rankings.provider,
                 "model": p.rankings.model,
                 "prompt_version": p.rankings.prompt_version,

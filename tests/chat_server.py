@@ -22,7 +22,7 @@ Plan = Callable[["Handler", dict[str, Any]], None]
 
 
 def ranking_of(transcript: str) -> list[str]:
-    """The server's opinion: fixed, and different between transcripts."""
+    """The ranking that the server gives: fixed, and different between transcripts."""
     start = hashlib.sha256(transcript.encode()).digest()[0] % len(LABELS)
     return LABELS[start:] + LABELS[:start]
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
+from batch_runs import QUESTION, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, http_error, not_run, said
 from chat_server import KEY, LABELS, drop, fail, ranking_of, raw, say, serving
 
 from stages.engine.errors import PipelineError
 from stages.rankings import openai_batch
-from stages.rankings.journal import Job, Journal
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def test_a_batch_ranks_every_transcript_at_half_price(
 def test_a_batch_request_is_the_direct_request(server: BatchServer, tmp_path: Path) -> None:
     ask(server, tmp_path, TRANSCRIPTS[:2])
     (line,) = [json.loads(line) for line in server.files["file-0"][1].splitlines()]
-    assert line["custom_id"] == store(tmp_path).key(TRANSCRIPTS[1]) and len(line["custom_id"]) <= 64
+    assert line["custom_id"] == QUESTION.custom_id(TRANSCRIPTS[1]) and len(line["custom_id"]) <= 64
     (direct,) = server.requests
     user = line["body"]["messages"].pop()
     assert user["content"] == f'Transcript: "{TRANSCRIPTS[1]}"'
@@ -222,22 +221,3 @@ def test_a_server_without_the_batch_api_is_named(server: BatchServer, tmp_path: 
     with pytest.raises(PipelineError, match="rankings.batch: .*has no Batch API"):
         ask(server, tmp_path)
 
-
-
-
-def test_a_job_that_another_process_ends_meanwhile_is_under_way_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether batches are under way is looked up without the lock on asking."""
-    journal = Journal(store(tmp_path))
-    for key in ("a", "b"):
-        journal.add(Job("https://there/v1", ["一"], 1.0, key=key), ["{}\n"])
-    read = Path.read_bytes
-
-    def ended_meanwhile(path: Path) -> bytes:
-        if path.stem == "a":
-            path.unlink()
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", ended_meanwhile)
-    assert [job.key for job in journal.jobs()] == ["b"]

@@ -35,10 +35,11 @@ from chat_server import (
 
 from stages.engine.errors import PipelineError
 from stages.rankings import openai_provider
-from stages.rankings.cache import Answer, Cache
+from stages.rankings.cache import Answer, Cache, Question
 from stages.rankings.chat import OUTPUT_TOKENS, Chat, Patience, estimate_tokens, parse_retry_after
 from stages.rankings.openai_provider import OpenAI
 
+QUESTION = Question("openai", "gpt-test", "v1", tuple(LABELS))
 HASTY = Patience(attempts=8, answers=3, first_wait=0.005, longest_wait=0.05, timeout=20)
 
 
@@ -173,7 +174,7 @@ STOPPERS = {
     "unknown model": (fail(404, "The model `gpt-test` does not exist"), "rankings.model: gpt-test"),
     "unknown model, with 400": (fail(400, "Model Not Exist", "model_not_found"), "rankings.model: gpt-test"),
     "no credit": (fail(429, "You exceeded your current quota", "insufficient_quota"), "no credit"),
-    "closed for the day": (fail(429, "daily limit", Retry_After="40000"), "wait for 40000 s"),
+    "a day to wait": (fail(429, "daily limit", Retry_After="40000"), "wait for 40000 s"),
 }
 
 
@@ -286,13 +287,13 @@ def test_the_key_is_nowhere(
     caplog.set_level(logging.DEBUG)
     echo = fail(500, f"internal error while handling {KEY} and Bearer {KEY}")
     server.script = [echo, say(f"{KEY}"), answer, fail(400, f"no, {KEY}")]
-    store = Cache("openai", "gpt-test", "v1", LABELS, tmp_path)
+    store = Cache(QUESTION, tmp_path)
     provider(server.url, concurrency=1).rank(["一", "二", "三"], store.append)
     server.key = "another"
     with pytest.raises(PipelineError, match="not accepted") as error:
         provider(server.url).rank(["四"], store.append)
     texts = [str(error.value), repr(error.value), caplog.text, *capfd.readouterr()]
-    texts += [path.read_text() for path in tmp_path.iterdir()]
+    texts += [path.read_bytes().decode(errors="replace") for path in tmp_path.iterdir()]
     assert all(KEY not in text and "0123456789" not in text for text in texts)
     assert "***" in str(error.value)
 
@@ -313,7 +314,7 @@ def flaky(seed: int, share: float, more: list[Plan]) -> Plan:
 def soak(server: Server, folder: Path, count: int, *more: Plan) -> None:
     server.default = flaky(1, 0.2, list(more))
     transcripts = [f"这是第{i}句话。" for i in range(count)]
-    store = Cache("openai", "gpt-test", "v1", LABELS, folder)
+    store = Cache(QUESTION, folder)
     patience = Patience(answers=8, first_wait=0.005, longest_wait=0.05, timeout=5)
     provider(server.url, concurrency=32, patience=patience).rank(transcripts, store.append)
     answers = store.load(transcripts)
@@ -332,7 +333,7 @@ def test_two_thousand_requests_with_faults_end_complete(server: Server, tmp_path
 
 
 def _ask_in_a_process(url: str, transcripts: list[str], folder: Path) -> None:
-    store = Cache("openai", "gpt-test", "v1", LABELS, folder)
+    store = Cache(QUESTION, folder)
     with store.asking():
         known = store.load(transcripts)
         provider(url, concurrency=2).rank([t for t in transcripts if t not in known], store.append)
@@ -357,7 +358,7 @@ def test_killed_in_the_middle_and_started_again_no_answered_request_is_sent_twic
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     _ask_in_a_process(server.url, transcripts, tmp_path)
-    store = Cache("openai", "gpt-test", "v1", LABELS, tmp_path)
+    store = Cache(QUESTION, tmp_path)
     assert {t: a.ranking for t, a in store.load(transcripts).items()} == {t: ranking_of(t) for t in transcripts}
     # Only what was under way at a kill (two workers, two kills) may have been answered without being stored.
     assert sum(server.answered.values()) <= len(transcripts) + 4

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from stages.engine.errors import PipelineError
 from stages.rankings import prompt
+from stages.rankings.cache import VENDOR
 
 if TYPE_CHECKING:
     from openai import APIStatusError
     from openai.types.chat import ChatCompletion
     from tenacity import RetryCallState
 
-VENDOR = "https://api.openai.com/v1"
 OUTPUT_TOKENS = 200  # six labels as JSON take about 40
 LONG_OUTPUT_TOKENS = 4096  # after an answer was cut off: a model that thinks aloud first
 OVERHEAD_TOKENS = 64  # what a chat template wraps around the messages, for the worst case
-LONGEST_RETRY_AFTER = 900.0  # seconds; a server that asks for more has closed for the day
+LONGEST_RETRY_AFTER = 900.0  # seconds; a server that asks for more ends the run
 
 # Request fields that some servers refuse, and what takes their place. The prompt asks for JSON in words, too.
 SUBSTITUTES = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
@@ -36,7 +36,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to insist; seconds. The defaults ride out a rate limit of minutes."""
+    """How often and how long to try again; seconds. The defaults outlast a rate limit of minutes."""
 
     attempts: int = 8  # per request, for faults of the line
     answers: int = 3  # per transcript, for answers that are no ranking
@@ -88,10 +88,12 @@ class Chat:
     def question(self, transcript: str) -> Messages:
         return prompt.messages(transcript, self.labels, self.prompt_version)
 
+    def fields(self, allowance: int = OUTPUT_TOKENS) -> dict[str, Any]:
+        """What a request holds besides model and messages; `allowance` is the most output tokens it may take."""
+        return {name: allowance if name.startswith("max_") else value for name, value in self._fields.items()}
+
     def body(self, messages: Messages, allowance: int = OUTPUT_TOKENS) -> dict[str, Any]:
-        """The request; `allowance` is the most output tokens it may take."""
-        fields = {name: allowance if name.startswith("max_") else value for name, value in self._fields.items()}
-        return {"model": self.model, "messages": messages} | fields
+        return {"model": self.model, "messages": messages} | self.fields(allowance)
 
     def worst_tokens(self, body: dict[str, Any]) -> tuple[int, int]:
         """Input and output tokens that a request can't pass: no byte-level tokenizer makes more tokens than bytes."""

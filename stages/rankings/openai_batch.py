@@ -1,7 +1,7 @@
 """Rankings through OpenAI's Batch API: half the price, within a day (rankings.batch: true).
 
-Per batch: write the requests to disk, upload them, create the batch, poll, download, put the answers in the cache. The
-journal knows how far each batch is, so a process killed between any two steps goes on there and pays for nothing twice.
+Per batch: upload the requests, create the batch, poll, download, store the answers. The database knows how far each
+batch is, so a process killed between any two steps goes on there and pays for nothing twice.
 A batch whose creation was not confirmed is looked for in the server's list, by our key in its metadata, before another
 one is created. One transcript is asked directly at first: a wrong key, model or request field shows at once and not
 after hours. What a batch brings no valid ranking for is asked again directly, with the reason.
@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.engine.errors import PipelineError
-from stages.rankings.cache import BATCH_DISCOUNT, Answer, Cache
+from stages.rankings.cache import BATCH_DISCOUNT, Answer, Cache, Job, giving_up
 from stages.rankings.chat import Chat, Fault, Patience, Refused, complaint, waits
-from stages.rankings.journal import Job, Journal
 from stages.rankings.openai_provider import OpenAI
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 MAX_REQUESTS = 50_000
 MAX_BYTES = 200_000_000
-POLL_ATTEMPTS = 30  # an unattended wait of hours should ride out more than one request does
-BARREN_BATCHES = 3  # batches in a row without an answer: it will not get better
+POLL_ATTEMPTS = 30  # a wait of hours meets longer faults than one request does
+BARREN_BATCHES = 3  # batches in a row without an answer: the next would not bring one either
 DAY = 86_400.0
 MARK = "mer_job"  # our key in a batch's metadata
 OVER = ("completed", "failed", "expired", "cancelled")
@@ -52,7 +51,7 @@ class Batches:
         spent_usd: float = 0.0,
         patience: Patience | None = None,
     ):
-        self.chat, self.cache, self.journal = chat, cache, Journal(cache)
+        self.chat, self.cache = chat, cache
         self.price, self.limit, self.spent = price, max_cost_usd, spent_usd
         self.patience = patience or Patience()
         self.answered = self.tokens_in = self.tokens_out = 0
@@ -72,8 +71,7 @@ class Batches:
         """Ask for every transcript. Raises PipelineError where some were not asked; `record` got the others."""
         import openai
 
-        self._jobs = self.journal.jobs()
-        self.journal.sweep(self._jobs)
+        self._jobs = self.cache.jobs()
         under_way = {transcript for job in self._jobs for transcript in job.transcripts}
         self._wanted = set(transcripts)  # a batch of an earlier run may hold others: these are stored, not asked again
         self._todo = deque(t for t in transcripts if t not in under_way)
@@ -84,7 +82,7 @@ class Batches:
             ) as client:
                 while self._todo or self._jobs:
                     if self._probed or self._jobs:
-                        self._run_batches(client, record)
+                        self._run_batches(client)
                     else:
                         self._probed = True
                         self._ask_directly([self._todo.popleft()], record)
@@ -122,15 +120,15 @@ class Batches:
         finally:
             self.spent = provider.budget.spent
 
-    def _run_batches(self, client: "openai.OpenAI", record: Callable[[Sequence[Answer]], None]) -> None:
+    def _run_batches(self, client: "openai.OpenAI") -> None:
         """Until no batch is under way or to be made. Raises PipelineError; what is under way then goes on there."""
         try:
-            self._loop(client, record)
+            self._loop(client)
         except PipelineError as error:
             rest = f"; {len(self._jobs)} batches go on at the server" if self._jobs else ""
             raise PipelineError(f"{error}{rest}; every answer is kept: run again to go on") from None
 
-    def _loop(self, client: "openai.OpenAI", record: Callable[[Sequence[Answer]], None]) -> None:
+    def _loop(self, client: "openai.OpenAI") -> None:
         wait = self.patience.first_poll
         while self._jobs or (self._todo and self._probed):
             while (job := self._next_job()) is not None:
@@ -144,7 +142,7 @@ class Batches:
             for job in list(self._jobs):
                 batch = self._poll(client, job)
                 if batch.status in OVER:
-                    self._close(client, job, batch, record)
+                    self._close(client, job, batch)
 
     # ------------------------------------------------------------ the steps of one batch
 
@@ -156,39 +154,37 @@ class Batches:
         if not self._todo or not self._probed or (self._jobs and self._one_at_a_time):
             return None
         room = self.limit - self.spent - sum(job.worst_usd for job in self._jobs) + 1e-9  # rounding
-        lines: list[str] = []
-        size, worst, next_worst = 0, 0.0, 0.0
+        fields = self.chat.fields()
+        count, size, worst, next_worst = 0, 0, 0.0, 0.0
         for transcript in self._todo:
-            body = self.chat.body(self.chat.question(transcript))
-            request = {"custom_id": self.cache.key(transcript), "method": "POST", "url": "/v1/chat/completions"}
-            line = json.dumps(request | {"body": body}, ensure_ascii=False) + "\n"
-            size += len(line.encode())
-            next_worst = worst + self._cost(*self.chat.worst_tokens(body))
-            if len(lines) == self._largest or size > MAX_BYTES or next_worst > room:
+            size += len(self._line(transcript, fields))
+            next_worst = worst + self._cost(*self.chat.worst_tokens(self.chat.body(self.chat.question(transcript))))
+            if count == self._largest or size > MAX_BYTES or next_worst > room:
                 break
-            worst = next_worst
-            lines.append(line)
-        if not lines:
+            worst, count = next_worst, count + 1
+        if not count:
             if self._jobs:
                 return None
             raise PipelineError(
                 f"rankings.max_cost_usd: found {self.limit:g}, of which {self.spent:.4f} are spent, and the next "
                 f"request may cost {next_worst:.4f}; expected a higher limit to go on"
             )
-        job = Job(self.chat.base_url, [self._todo.popleft() for _ in lines], worst)
-        self.journal.add(job, lines)
+        job = Job([self._todo.popleft() for _ in range(count)], fields, worst)
+        self.cache.save(job)
         return job
 
+    def _line(self, transcript: str, fields: dict[str, Any]) -> bytes:
+        """The request as a batch's file has it."""
+        body = {"model": self.chat.model, "messages": self.chat.question(transcript)} | fields
+        request = {"custom_id": self.cache.question.custom_id(transcript), "method": "POST"}
+        line = request | {"url": "/v1/chat/completions", "body": body}
+        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
     def _submit(self, client: "openai.OpenAI", job: Job) -> None:
-        """Upload and create what is not yet, each step in the journal before the next."""
-        if job.base_url != self.chat.base_url:
-            raise PipelineError(
-                f"{self.journal.state(job)}: a batch under way at {job.base_url}, but rankings.base_url is "
-                f"{self.chat.base_url}; set it back, or delete the file to give up that batch's answers"
-            )
+        """Upload and create what is not yet, each step in the database before the next."""
         if job.batch_id is None:
             job.batch_id = self._call(lambda: self._create(client, job))
-            self.journal.save(job)
+            self.cache.save(job)
             print(f"rank_emotions: batch {job.batch_id} of {len(job.transcripts)} transcripts created", flush=True)
 
     def _create(self, client: "openai.OpenAI", job: Job) -> str:
@@ -198,12 +194,11 @@ class Batches:
         if job.creating is not None and (found := self._find(client, job)) is not None:
             return found
         if job.file_id is None:
-            path = self.journal.requests(job)
-            with open(path, "rb") as file:
-                job.file_id = client.files.create(file=(path.name, file), purpose="batch").id
-            self.journal.save(job)
+            content = b"".join(self._line(transcript, job.fields) for transcript in job.transcripts)
+            job.file_id = client.files.create(file=(f"{job.key}.jsonl", content), purpose="batch").id
+            self.cache.save(job)
         job.creating = time.time()
-        self.journal.save(job)
+        self.cache.save(job)
         try:
             return client.batches.create(
                 input_file_id=job.file_id,
@@ -217,7 +212,7 @@ class Batches:
                 job.creating = None
                 if unknown_file and time.time() > job.created + DAY:  # expired since
                     job.file_id = None
-                self.journal.save(job)
+                self.cache.save(job)
             if unknown_file:  # just uploaded, and not known everywhere at once
                 raise Fault(self.chat.clean(complaint(error))) from None
             raise
@@ -245,8 +240,8 @@ class Batches:
                 return client.batches.retrieve(job.batch_id)
             except openai.NotFoundError:
                 raise PipelineError(
-                    f"{self.journal.state(job)}: {self.chat.base_url} knows no batch {job.batch_id}; set back the key "
-                    "that it was created with, or delete the file to give up its answers"
+                    f"{self.chat.base_url} knows no batch {job.batch_id}; set back the key that it was created with, "
+                    f"or give up its answers: {giving_up(job)}"
                 ) from None
 
         batch = self._call(retrieve, POLL_ATTEMPTS)
@@ -257,14 +252,10 @@ class Batches:
             print(f"rank_emotions: batch {batch.id}: {news}", flush=True)
         return batch
 
-    def _close(
-        self, client: "openai.OpenAI", job: Job, batch: "Batch", record: Callable[[Sequence[Answer]], None]
-    ) -> None:
+    def _close(self, client: "openai.OpenAI", job: Job, batch: "Batch") -> None:
         """Store what a finished batch brought, and queue what it did not. Raises PipelineError where it was stopped."""
         answers = self._collect(client, job, batch)
-        if answers:
-            record(answers)
-        self.journal.drop(job)
+        self.cache.close(job, answers)
         self._jobs.remove(job)
         self.spent += sum(self._cost(answer.input_tokens, answer.output_tokens) for answer in answers)
         self.tokens_in += sum(answer.input_tokens for answer in answers)
@@ -295,7 +286,7 @@ class Batches:
 
     def _collect(self, client: "openai.OpenAI", job: Job, batch: "Batch") -> list[Answer]:
         """The answers in a batch's output and error files; what was not asked after all has none."""
-        transcript_of = {self.cache.key(transcript): transcript for transcript in job.transcripts}
+        transcript_of = {self.cache.question.custom_id(transcript): transcript for transcript in job.transcripts}
         answers: dict[str, Answer] = {}
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             for line in self._download(client, job, file_id):
@@ -331,8 +322,8 @@ class Batches:
                 content = client.files.content(file_id).content
             except openai.NotFoundError:
                 raise PipelineError(
-                    f"{self.journal.state(job)}: the server has deleted the answers of batch {job.batch_id} "
-                    f"({file_id}); delete the file to ask for them again"
+                    f"{self.chat.base_url}: the server has deleted the answers of batch {job.batch_id} ({file_id}); "
+                    f"to ask for them again: {giving_up(job)}"
                 ) from None
             return [json.loads(line) for line in content.split(b"\n") if line.strip()]
 
@@ -341,7 +332,7 @@ class Batches:
     # ------------------------------------------------------------ one call of the API
 
     def _call(self, call: Callable[[], T], attempts: int | None = None) -> T:
-        """What `call` returns, insisting as patience says. Raises PipelineError."""
+        """What `call` returns, trying again as patience says. Raises PipelineError."""
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
         retrying = Retrying(

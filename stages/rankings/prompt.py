@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-# English names mean little to a model that reads Mandarin all day: both, so that neither has to be guessed.
+# Each label in Chinese and in English, so that neither language has to be guessed from the other.
 GLOSSARY = {
     "neutral": "中性, calm or matter-of-fact",
     "anger": "愤怒, also annoyance, contempt and reproach",

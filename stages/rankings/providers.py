@@ -9,8 +9,9 @@ from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.params import Params, Rankings
-from stages.rankings.cache import Answer, Cache
+from stages.rankings.cache import VENDOR, Answer, Cache, Question, giving_up
 from stages.rankings.earlier import earlier_answers
+from stages.rankings.takeover import take_over
 
 if TYPE_CHECKING:
     from stages.rankings.openai_batch import Batches
@@ -28,7 +29,8 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
         answers: list[Answer] = []
         Lexicon(p.rankings.model, labels).rank(transcripts, answers.extend)
         return {answer.transcript: answer for answer in answers}
-    cache = Cache(p.rankings.provider, model_identity(p.rankings), p.rankings.prompt_version, labels)
+    cache = Cache(question(p))
+    take_over(cache)
     known = cache.load(transcripts)
     if unanswered(transcripts, known) or under_way(p, cache):
         with cache.asking():
@@ -36,7 +38,7 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
             wanted = unanswered(transcripts, known)
             if wanted and not under_way(p, cache):
                 needed = p.rankings.provider == "openai" and not known
-                cache.append(earlier_answers(wanted, p, needed))
+                cache.append(earlier_answers(wanted, cache.question, needed))
                 wanted = unanswered(transcripts, cache.load(transcripts))
             if wanted or under_way(p, cache):
                 is_openai = p.rankings.provider == "openai"
@@ -46,11 +48,16 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
     return known
 
 
+def question(p: Params) -> Question:
+    """What these params ask."""
+    server = (p.rankings.base_url or VENDOR) if p.rankings.provider == "openai" else ""
+    model, labels = model_identity(p.rankings), tuple(p.corpus.labels)
+    return Question(p.rankings.provider, model, p.rankings.prompt_version, labels, server)
+
+
 def under_way(p: Params, cache: Cache) -> bool:
     """Whether batches of an earlier run wait to be collected."""
-    from stages.rankings.journal import Journal
-
-    return p.rankings.batch and bool(Journal(cache).jobs())
+    return p.rankings.batch and bool(cache.jobs())
 
 
 def unanswered(transcripts: Sequence[str], known: Mapping[str, Answer]) -> list[str]:
@@ -60,7 +67,7 @@ def unanswered(transcripts: Sequence[str], known: Mapping[str, Answer]) -> list[
 
 def model_identity(rankings: Rankings) -> str:
     """What tells this model's answers from another's in the cache."""
-    if rankings.provider == "openai":
+    if rankings.provider != "transformers":
         return rankings.model
     digest = checkpoint_digest(rankings.model).hex()[:16]
     return "@".join(filter(None, [rankings.model, rankings.revision, digest, rankings.dtype]))
@@ -69,7 +76,6 @@ def model_identity(rankings: Rankings) -> str:
 def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Batches":
     """The openai provider, knowing what these transcripts cost so far. Raises PipelineError without a key."""
     from stages.rankings.chat import Chat
-    from stages.rankings.journal import Journal
     from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
 
@@ -87,10 +93,10 @@ def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Bat
     spent = cache.spent(transcripts, price)
     if rankings.batch:
         return Batches(chat, cache, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
-    if under_way := Journal(cache).jobs():
+    if jobs := cache.jobs():
         raise PipelineError(
-            f"rankings.batch: found false, but {len(under_way)} batches are under way or wait to be collected; "
-            f"expected true, or delete {Journal(cache).folder} to give up what they cost"
+            f"rankings.batch: found false, but {len(jobs)} batches are under way or wait to be collected; "
+            f"expected true, or give up what they cost: {giving_up(jobs[0])}"
         )
     return OpenAI(chat, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
 
