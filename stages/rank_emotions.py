@@ -18,6 +18,7 @@ from stages.rankings.providers import question, rank
 
 OUT = Path("data/rankings.jsonl")
 REASONS_SHOWN = 3
+AGAIN = "`python -m stages.rankings.cache retry && dvc repro -f -s rank_emotions` asks"
 
 
 def check_failures(answers: Mapping[str, Answer], p: Params) -> None:
@@ -30,9 +31,9 @@ def check_failures(answers: Mapping[str, Answer], p: Params) -> None:
     if len(failed) > p.corpus.max_bad_fraction * len(answers):
         raise PipelineError(
             f"{text}, more than corpus.max_bad_fraction = {p.corpus.max_bad_fraction} allows; "
-            f"the others are kept in {FOLDER}: run again to ask for these only"
+            f"the others are kept in {FOLDER}: {AGAIN} for these only"
         )
-    print(f"rank_emotions: {text}; `dvc repro -f -s rank_emotions` asks for these again")
+    print(f"rank_emotions: {text}; {AGAIN} for these again")
 
 
 def write_rankings(clips: Mapping[str, Sequence[str]], answers: Mapping[str, Answer], p: Params) -> None:

@@ -35,7 +35,7 @@ def ask(server: BatchServer, folder: Path, transcripts: list[str] = TRANSCRIPTS,
         batches = Batches(chat, cache, spent_usd=spent, **(defaults | options))
         wanted = [t for t in transcripts if t not in known or known[t].ranking is None]
         if wanted or cache.jobs():
-            batches.rank(wanted, cache.append)
+            batches.rank(wanted)
     return batches
 
 

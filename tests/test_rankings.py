@@ -289,13 +289,14 @@ class Scripted:
         self.asked: list[str] = []
 
     def __call__(self, p: Params, cache: Cache, transcripts: list[str]) -> "Scripted":
+        self.cache = cache
         return self
 
-    def rank(self, transcripts: list[str], record: Any) -> None:
+    def rank(self, transcripts: list[str]) -> None:
         self.asked += transcripts
         for transcript in transcripts:
             ranking = self.rankings[transcript]
-            record([Answer(transcript, ranking, 10, 2, "" if ranking else "a refusal")])
+            self.cache.append([Answer(transcript, ranking, 10, 2, "" if ranking else "a refusal")])
 
 
 def test_only_what_the_cache_lacks_is_asked(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +319,7 @@ def test_a_few_transcripts_without_ranking_are_reported_and_many_stop_the_stage(
     rank_emotions.check_failures(answers, p)
     assert "1 of 20 transcripts got no valid ranking ('坏': a refusal)" in capsys.readouterr().out
     few = {"一": Answer("一", LABELS), "坏": Answer("坏", None, reason="a refusal")}
-    with pytest.raises(PipelineError, match="1 of 2 .*a refusal.*max_bad_fraction.*run again"):
+    with pytest.raises(PipelineError, match="1 of 2 .*a refusal.*max_bad_fraction.*cache retry && dvc repro"):
         rank_emotions.check_failures(few, p)
 
 

@@ -90,7 +90,7 @@ FAULTS: dict[str, Any] = {
     "server error": http_error(500, "The server had an error."),
     "rate limit": http_error(429, "Rate limit reached."),
     "expired": not_run("batch_expired"),
-    "no choices": lambda t: {"response": {"status_code": 200, "request_id": "r", "body": {"id": "x"}}, "error": None},
+    "no choice": lambda t: {"response": {"status_code": 200, "request_id": "r", "body": {"id": "x"}}, "error": None},
 }
 
 
@@ -99,11 +99,13 @@ def test_a_fault_of_one_request_is_overcome(server: BatchServer, tmp_path: Path,
     server.outcomes[TRANSCRIPTS[3]] = [FAULTS[fault]]
     batches = ask(server, tmp_path)
     assert rankings(tmp_path) == RANKINGS and nothing_under_way(tmp_path)
-    invalid = fault in ("malformed", "no answer", "missing label", "refusal", "truncated")
-    asked_again_in_a_batch = fault in ("server error", "rate limit", "expired", "no choices")
+    invalid = fault in ("malformed", "no answer", "missing label", "refusal", "truncated", "no choice")
+    asked_again_in_a_batch = fault in ("server error", "rate limit", "expired")
     assert len(server.batches) == 1 + asked_again_in_a_batch
-    assert server.paid == dict.fromkeys(TRANSCRIPTS, 1) | {TRANSCRIPTS[3]: 1 + (invalid or fault == "no choices")}
-    if fault != "no choices":  # which the server counts as run
+    assert server.paid == dict.fromkeys(TRANSCRIPTS, 1) | {TRANSCRIPTS[3]: 1 + invalid}
+    if fault == "no choice":  # and no usage: its worst case is counted
+        assert batches.spent > server.bill
+    else:
         assert batches.spent == pytest.approx(server.bill)
 
 
@@ -113,7 +115,7 @@ def test_what_is_never_answered_is_recorded_with_the_reason(server: BatchServer,
     server.default = say(None, refusal="No.")
     ask(server, tmp_path)
     answer = store(tmp_path).load(TRANSCRIPTS)[TRANSCRIPTS[3]]
-    assert answer.ranking is None and answer.reason == "a refusal (No.)" and answer.input_tokens == 4 * 300
+    assert answer.ranking is None and answer.reason == "a refusal (No.)" and answer.input_tokens == 3 * 300
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -163,7 +163,7 @@ def test_a_batch_whose_answers_the_server_has_deleted_is_named_and_can_be_given_
     done = subprocess.run(
         [sys.executable, *command.split()[1:]], cwd=interrupted, env=environment, text=True, capture_output=True
     )
-    assert done.stdout == "1 batch given up\n"
+    assert done.stdout == "1 entries changed\n"
     ask(server, interrupted)
     assert rankings(interrupted) == RANKINGS and nothing_under_way(interrupted)
 

@@ -103,6 +103,8 @@ class Rankings(Section):
     base_url: Annotated[str, Field(pattern=r"^https?://[^/@]+(/[^@]*)?$")] | None  # no user:key@, which logs would show
     api_key_env: str
     batch: bool
+    reasoning_effort: str | None
+    max_output_tokens: Annotated[int, Field(ge=50)]
     prompt_version: Literal["v1"]
     max_cost_usd: Annotated[float, Field(ge=0)]
     price_per_million: Price

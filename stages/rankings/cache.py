@@ -22,6 +22,7 @@ from typing import Any
 from stages.engine.errors import PipelineError
 from stages.rankings import prompt
 
+MOST_REPLIES = 3  # to one transcript that are no ranking, in all runs together
 FOLDER = Path(".cache/rankings")
 VENDOR = "https://api.openai.com/v1"  # what base_url: null means
 BATCH_DISCOUNT = 0.5  # what OpenAI's Batch API bills of the direct price
@@ -32,7 +33,9 @@ CREATE TABLE IF NOT EXISTS questions (question TEXT PRIMARY KEY, identity TEXT N
 CREATE TABLE IF NOT EXISTS replies (
     id INTEGER PRIMARY KEY, question TEXT NOT NULL, transcript TEXT NOT NULL,
     ranking TEXT NOT NULL, reason TEXT NOT NULL, -- JSON: the labels or null
-    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, batch TEXT NOT NULL
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, -- as told or estimated
+    most_input INTEGER NOT NULL, most_output INTEGER NOT NULL, -- what can have been billed at most
+    batch TEXT NOT NULL, state TEXT NOT NULL -- sent: no reply is known; kept; retry: asked again all the same
 );
 CREATE INDEX IF NOT EXISTS by_question ON replies (question);
 CREATE UNIQUE INDEX IF NOT EXISTS once_per_batch ON replies (question, transcript, batch) WHERE batch <> '';
@@ -51,6 +54,7 @@ class Question:
     prompt_version: str
     labels: tuple[str, ...]  # in the order in which the prompt shows them
     base_url: str = ""
+    reasoning_effort: str = ""
 
     def identity(self) -> str:
         """JSON of it, with the instructions as the model reads them: they hold the glossary."""
@@ -71,8 +75,9 @@ class Question:
 class Answer:
     """What came of one transcript. `ranking` is None where no valid answer could be had; `reason` says why.
 
-    Tokens are what the transcript cost in all, invalid answers included. `batch` is the id of the batch that brought
-    the answer, for half the price: a batch answers a transcript once, however often it is collected.
+    Tokens are what the transcript cost in all, invalid answers included, and `replies` how many there were. `batch` is
+    the id of the batch that brought the answer, for half the price: a batch answers a transcript once, however often it
+    is collected.
     """
 
     transcript: str
@@ -81,6 +86,7 @@ class Answer:
     output_tokens: int = 0
     reason: str = ""
     batch: str = ""
+    replies: int = field(default=1, compare=False)
 
 
 @dataclass
@@ -139,42 +145,72 @@ class Cache:
         """The stored answers to these transcripts; a ranking beats the failures before it, and carries their tokens."""
         wanted = set(transcripts)
         found: dict[str, Answer] = {}
-        columns = "transcript, ranking, reason, input_tokens, output_tokens"
-        for transcript, ranking, reason, used_in, used_out in self._query(
-            f"SELECT {columns} FROM replies WHERE question = ? ORDER BY id"
+        columns = "transcript, ranking, reason, input_tokens, output_tokens, state"
+        for transcript, ranking, reason, used_in, used_out, state in self._query(
+            f"SELECT {columns} FROM replies WHERE question = ? AND state <> 'sent' ORDER BY id"
         ):
             if transcript in wanted:
-                earlier = found.get(transcript, Answer(transcript, None))
-                tokens = earlier.input_tokens + used_in, earlier.output_tokens + used_out
-                found[transcript] = Answer(transcript, earlier.ranking or json.loads(ranking), *tokens, reason)
+                earlier = found.get(transcript, Answer(transcript, None, replies=0))
+                found[transcript] = Answer(
+                    transcript,
+                    earlier.ranking or json.loads(ranking),
+                    earlier.input_tokens + used_in,
+                    earlier.output_tokens + used_out,
+                    reason,
+                    replies=earlier.replies + (state == "kept"),
+                )
         return found
 
     def spent(self, transcripts: Sequence[str], price: tuple[float, float]) -> float:
-        """USD that these transcripts cost so far; `price` is per million input and output tokens."""
+        """USD that these transcripts cost so far, at most: a request whose reply was lost counts with its worst case.
+
+        `price` is per million input and output tokens.
+        """
         wanted = set(transcripts)
         return sum(
             (tokens_in * price[0] + tokens_out * price[1]) * (BATCH_DISCOUNT if batch else 1.0) / 1e6
             for transcript, tokens_in, tokens_out, batch in self._query(
-                "SELECT transcript, input_tokens, output_tokens, batch FROM replies WHERE question = ?"
+                "SELECT transcript, most_input, most_output, batch FROM replies WHERE question = ?"
             )
             if transcript in wanted
         )
+
+    def begin(self, transcript: str, most: tuple[int, int]) -> int:
+        """Note a request before it is sent, with the most tokens that it can take; the number to end it with."""
+        with self._transaction() as db:
+            return self._insert(db, [Answer(transcript, None)], [most], "sent")
+
+    def end(self, number: int, answer: Answer | None, most: tuple[int, int] = (0, 0)) -> None:
+        """Store the reply to a request, or that it costs nothing (None). Without this its worst case stays counted."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM replies WHERE id = ?", (number,))
+            if answer is not None:
+                self._insert(db, [answer], [most])
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Store answers: on disk when this returns."""
         with self._transaction() as db:
             self._insert(db, answers)
 
-    def _insert(self, db: sqlite3.Connection, answers: Sequence[Answer]) -> None:
+    def _insert(
+        self,
+        db: sqlite3.Connection,
+        answers: Sequence[Answer],
+        most: Sequence[tuple[int, int]] | None = None,
+        state: str = "kept",
+    ) -> int:
+        """The number of the last one; `most` where it is not the answers' own tokens."""
+        most = most or [(answer.input_tokens, answer.output_tokens) for answer in answers]
         db.execute("INSERT OR IGNORE INTO questions VALUES (?, ?)", (self.digest, self.question.identity()))
-        db.executemany(
-            "INSERT OR IGNORE INTO replies (question, transcript, ranking, reason, input_tokens, output_tokens, batch) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                (self.digest, a.transcript, json.dumps(a.ranking), a.reason, a.input_tokens, a.output_tokens, a.batch)
-                for a in answers
-            ],
-        )
+        cursor = db.cursor()
+        for a, (most_in, most_out) in zip(answers, most, strict=True):
+            cursor.execute(
+                "INSERT OR IGNORE INTO replies (question, transcript, ranking, reason, input_tokens, output_tokens, "
+                "most_input, most_output, batch, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (self.digest, a.transcript, json.dumps(a.ranking), a.reason, a.input_tokens, a.output_tokens,
+                 most_in, most_out, a.batch, state),
+            )  # fmt: skip
+        return cursor.lastrowid or 0
 
     def take_over(self, identity: str, answers: Sequence[Answer], jobs: Sequence[tuple[Question, Job]]) -> bool:
         """Store what another store held under this name, once; whether this was the first time."""
@@ -215,18 +251,25 @@ class Cache:
         state = json.dumps(asdict(job), ensure_ascii=False)
         db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", (job.key, question, state))
 
-    def close(self, job: Job, answers: Sequence[Answer]) -> None:
+    def close(self, job: Job, answers: Sequence[Answer], most: Sequence[tuple[int, int]]) -> None:
         """Store what a batch brought and end it, in one."""
         with self._transaction() as db:
-            self._insert(db, answers)
+            self._insert(db, answers, most)
             db.execute("DELETE FROM jobs WHERE key = ?", (job.key,))
+
+
+GIVE_UP = "DELETE FROM jobs WHERE key = ?"
+RETRY = "UPDATE replies SET state = 'retry' WHERE state = 'kept' AND ranking = 'null'"
 
 
 def giving_up(job: Job) -> str:
     """The command that ends a batch without its answers."""
-    return f"python -m stages.rankings.cache {job.key}"
+    return f"python -m stages.rankings.cache give-up {job.key}"
 
 
 if __name__ == "__main__":
+    command, *arguments = sys.argv[1:] or ["retry or give-up KEY"]
+    if command not in ("retry", "give-up"):
+        sys.exit(f"python -m stages.rankings.cache: found {command}, expected retry or give-up KEY")
     with closing(sqlite3.connect(FOLDER / "answers.sqlite")) as database, database:
-        print(database.execute("DELETE FROM jobs WHERE key = ?", (sys.argv[1],)).rowcount, "batch given up")
+        print(database.execute(RETRY if command == "retry" else GIVE_UP, arguments).rowcount, "entries changed")

@@ -2,9 +2,10 @@
 
 Per batch: upload the requests, create the batch, poll, download, store the answers. The database knows how far each
 batch is, so a process killed between any two steps goes on there and pays for nothing twice.
-A batch whose creation was not confirmed is looked for in the server's list, by our key in its metadata, before another
-one is created. One transcript is asked directly at first: a wrong key, model or request field shows at once and not
-after hours. What a batch brings no valid ranking for is asked again directly, with the reason.
+A batch whose creation was not confirmed is looked for in the server's list, by our key in its metadata, before
+another one is created. One transcript is asked directly at first: a wrong key, model or request field shows at once
+and not after hours, and so do the tokens that the model thinks. Without a ranking among the first PROBES no batch is
+sent. What a batch brings no valid ranking for is asked again directly, with the reason.
 
 Limits: 50,000 requests and 200 MB a batch, and as many enqueued tokens as the account may have: where the server turns
 a batch down for that, batches go one at a time, then smaller. `max_cost_usd` holds as in openai_provider: the worst
@@ -19,9 +20,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.engine.errors import PipelineError
-from stages.rankings.cache import BATCH_DISCOUNT, Answer, Cache, Job, giving_up
-from stages.rankings.chat import Chat, Fault, Patience, Refused, complaint, waits
+from stages.rankings import replies
+from stages.rankings.cache import BATCH_DISCOUNT, Cache, Job, giving_up
+from stages.rankings.chat import Chat, Fault, Patience, Refused, Verdict, waits
 from stages.rankings.openai_provider import OpenAI
+from stages.rankings.server import connect
 
 if TYPE_CHECKING:
     import openai
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 MAX_REQUESTS = 50_000
 MAX_BYTES = 200_000_000
 POLL_ATTEMPTS = 30  # a wait of hours meets longer faults than one request does
+PROBES = 3  # transcripts asked directly until one is ranked
 BARREN_BATCHES = 3  # batches in a row without an answer: the next would not bring one either
 DAY = 86_400.0
 MARK = "mer_job"  # our key in a batch's metadata
@@ -61,14 +65,14 @@ class Batches:
         self._invalid: list[str] = []  # what batches brought no ranking for
         self._largest, self._one_at_a_time = MAX_REQUESTS, False
         self._at_once = 0  # batches under way in this round of polls
-        self._probed = False  # by one direct request in this run
+        self._probed = False  # by direct requests in this run
         self._barren, self._last_fault = 0, "no reason given"
         self._shown: dict[str, str] = {}
 
     # ------------------------------------------------------------ the run
 
-    def rank(self, transcripts: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
-        """Ask for every transcript. Raises PipelineError where some were not asked; `record` got the others."""
+    def rank(self, transcripts: Sequence[str]) -> None:
+        """Ask for every transcript and store the answers. Raises PipelineError where some were not asked."""
         import openai
 
         self._jobs = self.cache.jobs()
@@ -77,23 +81,37 @@ class Batches:
         self._todo = deque(t for t in transcripts if t not in under_way)
         self._print_estimate()
         try:
-            with openai.OpenAI(
-                api_key=self.chat.api_key, base_url=self.chat.base_url, timeout=self.patience.timeout, max_retries=0
-            ) as client:
+            with connect(openai.OpenAI, self.chat, self.patience.timeout) as client:
                 while self._todo or self._jobs:
                     if self._probed or self._jobs:
                         self._run_batches(client)
                     else:
-                        self._probed = True
-                        self._ask_directly([self._todo.popleft()], record)
+                        self._probe()
             if self._invalid:
-                self._ask_directly(self._invalid, record)
+                self._ask_directly(self._invalid)
         finally:
             print(
                 f"rank_emotions: {self.answered} transcripts ranked in batches, {self.tokens_in} input and "
                 f"{self.tokens_out} output tokens at half price; {self.spent:.4f} USD spent in all",
                 flush=True,
             )
+
+    def _probe(self) -> None:
+        """Ask directly until one transcript is ranked: what that teaches holds for the batches."""
+        asked = [self._todo.popleft() for _ in range(min(PROBES, len(self._todo)))]
+        while asked and not self.chat.seen_output:
+            transcript = asked.pop(0)
+            self._ask_directly([transcript])
+        if not self.chat.seen_output and self._todo:
+            reason = self.cache.load([transcript])[transcript].reason
+            raise PipelineError(
+                f"rankings.batch: none of the first {PROBES} transcripts got a ranking, the last for {reason}; "
+                f"no batch was sent"
+            )
+        self._todo.extendleft(reversed(asked))
+        self._probed = True
+        if self._todo:
+            self._print_estimate()
 
     def _print_estimate(self) -> None:
         tokens_in, tokens_out = self.chat.estimate(self._todo)
@@ -110,13 +128,12 @@ class Batches:
         """USD, by batch."""
         return BATCH_DISCOUNT * (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
 
-    def _ask_directly(self, transcripts: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
+    def _ask_directly(self, transcripts: Sequence[str]) -> None:
         """With no batch under way, whose worst case would have to be left room for."""
-        provider = OpenAI(
-            self.chat, price=self.price, max_cost_usd=self.limit, spent_usd=self.spent, patience=self.patience
-        )
+        options: dict[str, Any] = {"price": self.price, "max_cost_usd": self.limit, "spent_usd": self.spent}
+        provider = OpenAI(self.chat, self.cache, patience=self.patience, **options)
         try:
-            provider.rank(transcripts, record)
+            provider.rank(transcripts)
         finally:
             self.spent = provider.budget.spent
 
@@ -207,14 +224,14 @@ class Batches:
                 metadata={MARK: job.key},
             ).id
         except openai.APIStatusError as error:
-            unknown_file = job.file_id in complaint(error)
+            unknown_file = job.file_id in replies.complaint(error)
             if error.status_code < 500:  # it was understood and refused
                 job.creating = None
                 if unknown_file and time.time() > job.created + DAY:  # expired since
                     job.file_id = None
                 self.cache.save(job)
             if unknown_file:  # just uploaded, and not known everywhere at once
-                raise Fault(self.chat.clean(complaint(error))) from None
+                raise Fault(self.chat.clean(replies.complaint(error))) from None
             raise
 
     def _find(self, client: "openai.OpenAI", job: Job) -> str | None:
@@ -225,7 +242,7 @@ class Batches:
             for batch in client.batches.list(limit=100):  # the newest first
                 if (batch.metadata or {}).get(MARK) == job.key:
                     return batch.id
-                if batch.created_at < job.creating - DAY:
+                if (batch.created_at or job.creating) < job.creating - DAY:
                     break
             if late:
                 return None
@@ -246,7 +263,8 @@ class Batches:
 
         batch = self._call(retrieve, POLL_ATTEMPTS)
         counts = batch.request_counts
-        news = f"{batch.status}, {counts.completed + counts.failed} of {counts.total}" if counts else batch.status
+        done, failed, total = (getattr(counts, name, None) for name in ("completed", "failed", "total"))
+        news = f"{batch.status}, {(done or 0) + (failed or 0)} of {total}" if total else str(batch.status)
         if self._shown.get(job.key) != news:
             self._shown[job.key] = news
             print(f"rank_emotions: batch {batch.id}: {news}", flush=True)
@@ -254,16 +272,16 @@ class Batches:
 
     def _close(self, client: "openai.OpenAI", job: Job, batch: "Batch") -> None:
         """Store what a finished batch brought, and queue what it did not. Raises PipelineError where it was stopped."""
-        answers = self._collect(client, job, batch)
-        self.cache.close(job, answers)
+        verdicts = self._collect(client, job, batch)
+        answers = [verdict.answer(transcript, batch.id) for transcript, verdict in verdicts.items()]
+        self.cache.close(job, answers, [verdict.most for verdict in verdicts.values()])
         self._jobs.remove(job)
-        self.spent += sum(self._cost(answer.input_tokens, answer.output_tokens) for answer in answers)
+        self.spent += sum(self._cost(*verdict.most) for verdict in verdicts.values())
         self.tokens_in += sum(answer.input_tokens for answer in answers)
         self.tokens_out += sum(answer.output_tokens for answer in answers)
         self.answered += sum(answer.ranking is not None for answer in answers)
         self._invalid += [a.transcript for a in answers if a.ranking is None and a.transcript in self._wanted]
-        met = {answer.transcript for answer in answers}
-        self._todo.extendleft(t for t in reversed(job.transcripts) if t not in met and t in self._wanted)
+        self._todo.extendleft(t for t in reversed(job.transcripts) if t not in verdicts and t in self._wanted)
 
         errors = (batch.errors and batch.errors.data) or []
         said = self.chat.clean("; ".join(f"{e.code}: {e.message}" for e in errors) or "no reason given")
@@ -284,33 +302,35 @@ class Batches:
                 raise PipelineError(f"rankings.batch: {BARREN_BATCHES} batches in a row brought no answer, the last "
                                     f"({batch.id}, {batch.status}) for: {self._last_fault}")
 
-    def _collect(self, client: "openai.OpenAI", job: Job, batch: "Batch") -> list[Answer]:
-        """The answers in a batch's output and error files; what was not asked after all has none."""
+    def _collect(self, client: "openai.OpenAI", job: Job, batch: "Batch") -> dict[str, Verdict]:
+        """What a batch's output and error files hold for each transcript; what was not asked after all is missing."""
         transcript_of = {self.cache.question.custom_id(transcript): transcript for transcript in job.transcripts}
-        answers: dict[str, Answer] = {}
+        verdicts: dict[str, Verdict] = {}
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             for line in self._download(client, job, file_id):
-                transcript = transcript_of.get(line.get("custom_id", ""))
-                answer = self._answer(transcript, line, batch.id) if transcript is not None else None
-                if answer is not None:
-                    answers.setdefault(answer.transcript, answer)
-        return list(answers.values())
+                transcript = transcript_of.get(str(line.get("custom_id")))
+                verdict = self._verdict(transcript, line, job) if transcript is not None else None
+                if transcript is not None and verdict is not None:
+                    verdicts.setdefault(transcript, verdict)
+        return verdicts
 
-    def _answer(self, transcript: str, line: dict[str, Any], batch_id: str) -> Answer | None:
-        """The answer in a line of an output or error file; None where the model was not asked, so may be again."""
-        from openai.types.chat import ChatCompletion
-
-        response = line.get("response") or {}
-        status, body = response.get("status_code"), response.get("body") or {}
-        reply = ChatCompletion.construct(**body) if status == 200 else None
-        if reply is not None and getattr(reply, "choices", None):
-            verdict = self.chat.read(reply)
-            used = self.chat.usage(reply, self.chat.question(transcript))
-            return Answer(transcript, verdict.ranking, *used, verdict.reason, batch_id)
-        error = line.get("error") or body.get("error") or {}
-        said = self.chat.clean(error.get("message") or error.get("code") or f"status {status}")
-        if status in (400, 422):
-            return Answer(transcript, None, 0, 0, f"a refusal ({said})", batch_id)
+    def _verdict(self, transcript: str, line: dict[str, Any], job: Job) -> Verdict | None:
+        """What a line of an output or error file is worth; None where the model was not asked, so may be again."""
+        response = line["response"] if isinstance(line.get("response"), dict) else {}
+        status, body = response.get("status_code"), response.get("body")
+        body = body if isinstance(body, dict) else {}
+        try:
+            if status == 200 and body:
+                return self.chat.read(body, self.chat.body(self.chat.question(transcript)) | job.fields)
+            error = line.get("error") or body.get("error")
+            said = error.get("message") or error.get("code") if isinstance(error, dict) else error
+            said = self.chat.clean(said or f"status {status}")
+            if status in (400, 413, 422):
+                raise Refused(f"a refusal ({said})")
+        except Refused as refusal:
+            return Verdict(None, str(refusal), (0, 0), (0, 0))
+        except Fault as fault:
+            said = str(fault)
         self._last_fault = said
         return None
 
@@ -325,7 +345,8 @@ class Batches:
                     f"{self.chat.base_url}: the server has deleted the answers of batch {job.batch_id} ({file_id}); "
                     f"to ask for them again: {giving_up(job)}"
                 ) from None
-            return [json.loads(line) for line in content.split(b"\n") if line.strip()]
+            rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+            return [row for row in rows if isinstance(row, dict)]
 
         return self._call(lines, POLL_ATTEMPTS)
 
@@ -352,7 +373,7 @@ class Batches:
         try:
             return call()
         except openai.NotFoundError as error:
-            said = self.chat.clean(complaint(error))
+            said = self.chat.clean(replies.complaint(error))
             raise PipelineError(f"rankings.batch: {self.chat.base_url} has no Batch API ({said}); set false") from None
         except openai.APIStatusError as error:
             raise self.chat.judge(error, {}) from None

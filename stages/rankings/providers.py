@@ -9,7 +9,7 @@ from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.params import Params, Rankings
-from stages.rankings.cache import VENDOR, Answer, Cache, Question, giving_up
+from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer, Cache, Question, giving_up
 from stages.rankings.earlier import earlier_answers
 from stages.rankings.takeover import take_over
 
@@ -41,9 +41,10 @@ def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
                 cache.append(earlier_answers(wanted, cache.question, needed))
                 wanted = unanswered(transcripts, cache.load(transcripts))
             if wanted or under_way(p, cache):
-                is_openai = p.rankings.provider == "openai"
-                provider = openai(p, cache, transcripts) if is_openai else transformers(p)
-                provider.rank(wanted, cache.append)
+                if p.rankings.provider == "openai":
+                    openai(p, cache, transcripts).rank(wanted)
+                else:
+                    transformers(p).rank(wanted, cache.append)
         known = cache.load(transcripts)
     return known
 
@@ -52,7 +53,8 @@ def question(p: Params) -> Question:
     """What these params ask."""
     server = (p.rankings.base_url or VENDOR) if p.rankings.provider == "openai" else ""
     model, labels = model_identity(p.rankings), tuple(p.corpus.labels)
-    return Question(p.rankings.provider, model, p.rankings.prompt_version, labels, server)
+    effort = (p.rankings.reasoning_effort or "") if server else ""
+    return Question(p.rankings.provider, model, p.rankings.prompt_version, labels, server, effort)
 
 
 def under_way(p: Params, cache: Cache) -> bool:
@@ -61,8 +63,8 @@ def under_way(p: Params, cache: Cache) -> bool:
 
 
 def unanswered(transcripts: Sequence[str], known: Mapping[str, Answer]) -> list[str]:
-    """What has to be asked: the unknown, and what got no valid answer so far."""
-    return [t for t in transcripts if t not in known or known[t].ranking is None]
+    """What has to be asked: the unknown, and what got no valid answer in fewer than MOST_REPLIES."""
+    return [t for t in transcripts if t not in known or (not known[t].ranking and known[t].replies < MOST_REPLIES)]
 
 
 def model_identity(rankings: Rankings) -> str:
@@ -78,6 +80,7 @@ def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Bat
     from stages.rankings.chat import Chat
     from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
+    from stages.rankings.server import look_up
 
     rankings, price = p.rankings, (p.rankings.price_per_million.input, p.rankings.price_per_million.output)
     name = rankings.api_key_env
@@ -89,7 +92,17 @@ def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Bat
     if not key and rankings.base_url is None:
         raise PipelineError(f"rankings.api_key_env: the environment variable {name} is not set; expected the key in it")
     # a server of one's own needs no key
-    chat = Chat(rankings.model, p.corpus.labels, rankings.prompt_version, rankings.base_url, key or "no-key-needed")
+    key = key or "no-key-needed"
+    chat = Chat(
+        rankings.model,
+        p.corpus.labels,
+        rankings.prompt_version,
+        rankings.base_url,
+        key,
+        max_output_tokens=rankings.max_output_tokens,
+        reasoning_effort=rankings.reasoning_effort,
+    )
+    look_up(chat)
     spent = cache.spent(transcripts, price)
     if rankings.batch:
         return Batches(chat, cache, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
@@ -98,7 +111,7 @@ def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Bat
             f"rankings.batch: found false, but {len(jobs)} batches are under way or wait to be collected; "
             f"expected true, or give up what they cost: {giving_up(jobs[0])}"
         )
-    return OpenAI(chat, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
+    return OpenAI(chat, cache, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
 
 
 def transformers(p: Params) -> "Transformers":
