@@ -248,13 +248,14 @@ def run_until(server: Server, folder: Path, transcripts: list[str], number: int,
             assert str(error).startswith("interrupted"), error
 
     process = multiprocessing.get_context("fork").Process(target=work)
+    enough = max(enough, len(server.answered) + 1)  # so that it has begun
     process.start()
     while len(server.answered) < enough and process.is_alive():
         time.sleep(0.002)
     assert process.pid is not None
     if process.is_alive():
         os.kill(process.pid, number)
-    process.join()
+    process.join(300)
     assert process.exitcode in (0, -signal.SIGKILL)
 
 
