@@ -51,36 +51,6 @@ def test_an_unknown_label_stands_without_a_gloss() -> None:
     assert "- contempt\n" in system["content"]
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        '{"ranking": ["worry", "anger", "happiness", "sadness", "neutral", "surprise"]}',
-        '```json\n{"ranking": ["Worry", " anger", "happiness", "sadness", "neutral", "surprise"]}\n```',
-        '<think>{hm}</think> {"ranking": ["worry","anger","happiness","sadness","neutral","surprise"]} Done.',
-    ],
-)
-def test_a_valid_answer_is_read(answer: str) -> None:
-    assert prompt.parse(answer, LABELS) == ["worry", "anger", "happiness", "sadness", "neutral", "surprise"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ("", "no JSON object"),
-        ('["neutral"]', "no JSON object"),
-        ('{"order": ["neutral"]}', "no JSON object"),
-        ('{"ranking": "neutral"}', "no list of names"),
-        ('{"ranking": [1, 2]}', "no list of names"),
-        (json.dumps({"ranking": LABELS[1:]}), "missing: neutral"),
-        (json.dumps({"ranking": [*LABELS, "anger"]}), "more than once: anger"),
-        (json.dumps({"ranking": [*LABELS[:5], "suprise"]}), "unknown: suprise; missing: surprise"),
-    ],
-)
-def test_an_invalid_answer_is_refused_with_the_reason(answer: str, reason: str) -> None:
-    with pytest.raises(prompt.InvalidAnswer, match=reason):
-        prompt.parse(answer, LABELS)
-
-
 # ---------------------------------------------------------------- cache
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.engine.errors import PipelineError
-from stages.rankings import prompt, replies
+from stages.rankings import parse, prompt, replies
 from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer
 
 if TYPE_CHECKING:
@@ -184,8 +184,8 @@ class Chat:
         if reply.refusal:
             return invalid(f"a refusal ({self.clean(reply.refusal)})")
         try:
-            ranking = prompt.parse(reply.text, self.labels)
-        except prompt.InvalidAnswer as fault:
+            ranking = parse.parse(reply.text, self.labels)
+        except parse.InvalidAnswer as fault:
             if reply.fault or reply.finish not in ("", "stop"):
                 ended = f"finish_reason {self.clean(reply.finish)}" if reply.finish not in ("", "stop") else ""
                 return invalid(f"no answer ({', '.join(filter(None, (reply.fault, ended)))})")

@@ -1,4 +1,4 @@
-"""The question put to a language model, and the check of its answer.
+"""The question put to a language model.
 
 [paper 3.4] GPT-4 reads the transcript alone and ranks the six emotions by likelihood. The paper does not print its
 prompt: the wording is ours [choice]. Prompts are versioned, never edited: an answer in the cache belongs to exactly
@@ -6,7 +6,6 @@ one wording, so a better wording is a new version next to the old one.
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,10 +31,6 @@ PROMPTS = {
         "Transcript: {transcript}",
     )
 }
-
-
-class InvalidAnswer(ValueError):
-    """The answer is no ranking; str(error) says why, in words that are also sent back to the model."""
 
 
 def messages(transcript: str, labels: Sequence[str], version: str) -> list[dict[str, str]]:
@@ -67,28 +62,3 @@ def response_format(labels: Sequence[str]) -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {"type": "json_schema", "json_schema": {"name": "ranking", "strict": True, "schema": schema}}
-
-
-def parse(answer: str, labels: Sequence[str]) -> list[str]:
-    """The ranking in a model's answer: a permutation of the labels. Raises InvalidAnswer.
-
-    Text around the JSON object (a code fence, a thought) is forgiven, case and blanks too; a wrong name is not.
-    """
-    start, end = answer.rfind("{"), answer.rfind("}")
-    try:
-        found = json.loads(answer[start : end + 1])["ranking"]
-    except (ValueError, KeyError, TypeError):
-        raise InvalidAnswer('it is no JSON object with the key "ranking"') from None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise InvalidAnswer('"ranking" is no list of names')
-    by_name = {label.lower(): label for label in labels}
-    names = [name.strip().lower() for name in found]
-    counts = Counter(names)
-    faults = {
-        "unknown": [name for name in counts if name not in by_name],
-        "missing": [label for name, label in by_name.items() if name not in counts],
-        "more than once": [name for name, count in counts.items() if count > 1],
-    }
-    if any(faults.values()):
-        raise InvalidAnswer("; ".join(f"{what}: {', '.join(which)}" for what, which in faults.items() if which))
-    return [by_name[name] for name in names]
