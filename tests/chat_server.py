@@ -103,7 +103,10 @@ class Server(ThreadingHTTPServer):
 
 
 def transcript_of(request: dict[str, Any]) -> str:
-    return json.loads(request["messages"][1]["content"].removeprefix("Transcript: "))
+    content = request["messages"][1]["content"]
+    if isinstance(content, list):  # with a clip
+        content = content[0]["text"]
+    return json.loads(content.removeprefix("Transcript: "))
 
 
 def completion(

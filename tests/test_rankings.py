@@ -66,10 +66,10 @@ def test_an_answer_is_found_again_under_its_question_only(tmp_path: Path) -> Non
     cache(tmp_path).append([answer])
     changes: dict[str, Any] = {
         "provider": "x", "model": "m2", "prompt_version": "v2", "labels": tuple(LABELS[::-1]), "base_url": "https://x/v1"}
-    prompt.PROMPTS["v2"] = prompt.PROMPTS["v1"]
+    prompt.PROMPTS["transcript"]["v2"] = prompt.PROMPTS["transcript"]["v1"]
     for name, value in changes.items():
         assert cache(tmp_path, **{name: value}).load([answer.transcript]) == {}, name
-    del prompt.PROMPTS["v2"]
+    del prompt.PROMPTS["transcript"]["v2"]
     assert cache(tmp_path).load([answer.transcript, "别的"]) == {answer.transcript: answer}  # set back: known again
 
 
@@ -242,7 +242,7 @@ def test_the_stage_ranks_each_distinct_transcript_once(house: Path) -> None:
         ("气死我了", ["c5"]),
     ]
     assert list(rows[0]) == [
-        "transcript", "ranking", "clip_ids", "question", "provider", "model", "prompt_version", "input_tokens",
+        "transcript", "clip_ids", "ranking", "question", "provider", "model", "prompt_version", "input_tokens",
         "output_tokens",
     ]
     assert rows[0]["ranking"][0] == "happiness" and rows[2]["ranking"][0] == "anger"
@@ -258,7 +258,7 @@ class Scripted:
         self.rankings = rankings
         self.asked: list[str] = []
 
-    def __call__(self, p: Params, cache: Cache, transcripts: list[str]) -> "Scripted":
+    def __call__(self, p: Params, cache: Cache, spent: float, clips: Any) -> "Scripted":
         self.cache = cache
         return self
 
@@ -295,7 +295,8 @@ def test_a_few_transcripts_without_ranking_are_reported_and_many_stop_the_stage(
 
 def test_the_key_comes_from_the_named_variable_only(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def openai(**rankings: Any) -> Any:
-        return providers.openai(params(provider="openai", model="m", **rankings), cache(house), ["一"])
+        p, answers = params(provider="openai", model="m", **rankings), cache(house)
+        return providers.openai(p, answers, answers.spent(["一"], providers.prices(p.rankings)), {})
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(PipelineError, match="variable OPENAI_API_KEY is not set"):

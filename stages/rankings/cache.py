@@ -55,10 +55,12 @@ class Question:
     labels: tuple[str, ...]  # in the order in which the prompt shows them
     base_url: str = ""
     reasoning_effort: str = ""
+    clip: str = ""  # how clips are sent with the words; "" where they are not
 
     def identity(self) -> str:
         """JSON of it, with the instructions as the model reads them: they hold the glossary."""
-        (instructions, _) = prompt.messages("", self.labels, self.prompt_version)
+        source = "clip" if self.clip else "transcript"
+        (instructions, _) = prompt.messages("", self.labels, self.prompt_version, source)
         return json.dumps(asdict(self) | {"instructions": instructions["content"]}, ensure_ascii=False)
 
     @property

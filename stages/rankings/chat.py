@@ -149,16 +149,23 @@ class Chat:
         """Input and output tokens that a request can't pass: no byte-level tokenizer makes more tokens than bytes."""
         return len(json.dumps(body, ensure_ascii=False).encode()) + OVERHEAD_TOKENS, allowance_of(body)
 
+    def guess_tokens(self, messages: Messages) -> int:
+        """About how many input tokens these take."""
+        return estimate_tokens(messages)
+
     def estimate(self, items: Sequence[str]) -> tuple[int, int]:
-        """About how many input and output tokens these take: as many out as the last ranking did, if there was one."""
+        """About how many input and output tokens these take."""
+        return sum(self.guess_tokens(self.question(item)) for item in items), self.estimate_output(items)
+
+    def estimate_output(self, items: Sequence[str]) -> int:
+        """As many as the last ranking took, if there was one."""
         answer = estimate_tokens([{"content": json.dumps({"ranking": self.labels})}])
-        output = self.seen_output or answer + (THINKING_TOKENS if self._thinks else 0)
-        return sum(estimate_tokens(self.question(item)) for item in items), len(items) * output
+        return len(items) * (self.seen_output or answer + (THINKING_TOKENS if self._thinks else 0))
 
     # ------------------------------------------------------------ replies
 
-    def read(self, body: dict[str, Any], sent: dict[str, Any]) -> Verdict:
-        """What the body of an HTTP 200 is worth, whatever its shape; `sent` is the request.
+    def read(self, body: dict[str, Any], allowance: int, sent: Callable[[], dict[str, Any]]) -> Verdict:
+        """What the body of an HTTP 200 is worth, whatever its shape; `sent` makes the request anew.
 
         Raises Fault for an error in it that is worth another try, Refused for another.
         """
@@ -167,12 +174,14 @@ class Chat:
             if code.isdigit() and 400 <= int(code) < 500 and int(code) not in (408, 409, 425, 429):
                 raise Refused(f"a refusal ({said})")
             raise Fault(said)
-        reply, worst = replies.read(body), self.worst_tokens(sent)
-        used = (reply.tokens_in, reply.tokens_out)
-        guess = estimate_tokens(sent["messages"]), estimate_tokens([{"content": reply.text}])
-        tokens = guess[0] if used[0] is None else used[0], guess[1] if used[1] is None else used[1]
-        most = worst[0] if used[0] is None else used[0], worst[1] if used[1] is None else used[1]
-        allowance = allowance_of(sent)
+        reply = replies.read(body)
+        tokens_in, tokens_out = most_in, most_out = reply.tokens_in, reply.tokens_out
+        if tokens_in is None:
+            request = sent()
+            tokens_in, (most_in, _) = self.guess_tokens(request["messages"]), self.worst_tokens(request)
+        if tokens_out is None:
+            tokens_out, most_out = min(allowance, estimate_tokens([{"content": reply.text}])), allowance
+        tokens, most = (tokens_in, tokens_out), (most_in or 0, most_out or 0)
         self._given = max(self._given, allowance)
 
         def invalid(reason: str, follow_up: Messages | None = None, cut_off: bool = False) -> Verdict:

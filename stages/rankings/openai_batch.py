@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.engine.errors import PipelineError
 from stages.rankings import replies
-from stages.rankings.cache import BATCH_DISCOUNT, Cache, Job, giving_up
-from stages.rankings.chat import Chat, Fault, Patience, Refused, Verdict, waits
+from stages.rankings.cache import BATCH_DISCOUNT, Answer, Cache, Job, giving_up
+from stages.rankings.chat import Chat, Fault, Patience, Refused, Verdict, allowance_of, waits
 from stages.rankings.openai_provider import OpenAI
 from stages.rankings.server import connect
 
@@ -172,27 +172,38 @@ class Batches:
             return None
         room = self.limit - self.spent - sum(job.worst_usd for job in self._jobs) + 1e-9  # rounding
         fields = self.chat.fields()
-        count, size, worst, next_worst = 0, 0, 0.0, 0.0
-        for transcript in self._todo:
-            size += len(self._line(transcript, fields))
-            next_worst = worst + self._cost(*self.chat.worst_tokens(self.chat.body(self.chat.question(transcript))))
-            if count == self._largest or size > MAX_BYTES or next_worst > room:
+        chosen: list[str] = []
+        size, worst, next_worst = 0, 0.0, 0.0
+        while self._todo:
+            try:
+                body = self._body(self._todo[0], fields)
+            except Refused as refusal:
+                self.cache.append([Answer(self._todo.popleft(), None, reason=str(refusal))])
+                continue
+            size += len(self._line(self._todo[0], body))
+            next_worst = worst + self._cost(*self.chat.worst_tokens(body))
+            if len(chosen) == self._largest or size > MAX_BYTES or next_worst > room:
                 break
-            worst, count = next_worst, count + 1
-        if not count:
+            worst = next_worst
+            chosen.append(self._todo.popleft())
+        if not chosen:
+            if not self._todo:
+                return None
             if self._jobs:
                 return None
             raise PipelineError(
                 f"rankings.max_cost_usd: found {self.limit:g}, of which {self.spent:.4f} are spent, and the next "
                 f"request may cost {next_worst:.4f}; expected a higher limit to go on"
             )
-        job = Job([self._todo.popleft() for _ in range(count)], fields, worst)
+        job = Job(chosen, fields, worst)
         self.cache.save(job)
         return job
 
-    def _line(self, transcript: str, fields: dict[str, Any]) -> bytes:
+    def _body(self, transcript: str, fields: dict[str, Any]) -> dict[str, Any]:
+        return {"model": self.chat.model, "messages": self.chat.question(transcript)} | fields
+
+    def _line(self, transcript: str, body: dict[str, Any]) -> bytes:
         """The request as a batch's file has it."""
-        body = {"model": self.chat.model, "messages": self.chat.question(transcript)} | fields
         request = {"custom_id": self.cache.question.custom_id(transcript), "method": "POST"}
         line = request | {"url": "/v1/chat/completions", "body": body}
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"
@@ -211,7 +222,7 @@ class Batches:
         if job.creating is not None and (found := self._find(client, job)) is not None:
             return found
         if job.file_id is None:
-            content = b"".join(self._line(transcript, job.fields) for transcript in job.transcripts)
+            content = b"".join(self._line(item, self._body(item, job.fields)) for item in job.transcripts)
             job.file_id = client.files.create(file=(f"{job.key}.jsonl", content), purpose="batch").id
             self.cache.save(job)
         job.creating = time.time()
@@ -321,7 +332,7 @@ class Batches:
         body = body if isinstance(body, dict) else {}
         try:
             if status == 200 and body:
-                return self.chat.read(body, self.chat.body(self.chat.question(transcript)) | job.fields)
+                return self.chat.read(body, allowance_of(job.fields), lambda: self._body(transcript, job.fields))
             error = line.get("error") or body.get("error")
             said = error.get("message") or error.get("code") if isinstance(error, dict) else error
             said = self.chat.clean(said or f"status {status}")

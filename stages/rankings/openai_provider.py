@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from stages.engine.errors import PipelineError
 from stages.rankings import replies
 from stages.rankings.cache import Answer, Cache
-from stages.rankings.chat import Chat, Fault, Messages, Patience, Refused, TooLarge, Verdict, waits
+from stages.rankings.chat import Chat, Fault, Messages, Patience, Refused, TooLarge, Verdict, allowance_of, waits
 from stages.rankings.server import connect
 
 if TYPE_CHECKING:
@@ -229,7 +229,11 @@ class OpenAI:
 
         Raises PipelineError, _Stopped.
         """
-        question = self.chat.question(transcript)
+        try:
+            question = await asyncio.to_thread(self.chat.question, transcript)  # a clip is decoded there
+        except Refused as refusal:
+            self.cache.append([Answer(transcript, None, reason=str(refusal))])
+            return str(refusal)
         before = self._replies.get(transcript, 0)
         ask, reason = _Ask(transcript, question), f"{before} replies before, none of which was a ranking"
         for _ in range(self.patience.answers - before):
@@ -315,6 +319,6 @@ class OpenAI:
         if (content := replies.decode(raw.content)) is None:
             raise Fault("a reply that is no JSON")
         try:
-            return self.chat.read(content, body)
+            return self.chat.read(content, allowance_of(body), lambda: body)
         except (Fault, Refused) as meaning:
             raise _Unbilled(meaning) from None

@@ -19,23 +19,38 @@ GLOSSARY = {
     "surprise": "惊讶, also disbelief",
 }
 
-PROMPTS = {
-    "v1": (
-        "You are an expert in recognising emotions from what people say in Chinese films and television series. "
-        "You get the transcript of one spoken line, without sound or picture. Rank all {count} emotions by how likely "
-        "the speaker feels them, the most likely first. Judge the speaker's own feeling, not the topic. "
-        "Take neutral as the most likely where nothing in the words speaks for an emotion.\n"
-        "The emotions:\n{glossary}\n"
-        'Answer with one JSON object and nothing else: {{"ranking": [{count} names, each exactly once, '
-        "spelt as above, the most likely first]}}.",
-        "Transcript: {transcript}",
-    )
+PROMPTS = {  # by what is sent, then by version: the instructions and the question
+    "transcript": {
+        "v1": (
+            "You are an expert in recognising emotions from what people say in Chinese films and television series. "
+            "You get the transcript of one spoken line, without sound or picture. Rank all {count} emotions by how "
+            "likely the speaker feels them, the most likely first. Judge the speaker's own feeling, not the topic. "
+            "Take neutral as the most likely where nothing in the words speaks for an emotion.\n"
+            "The emotions:\n{glossary}\n"
+            'Answer with one JSON object and nothing else: {{"ranking": [{count} names, each exactly once, '
+            "spelt as above, the most likely first]}}.",
+            "Transcript: {transcript}",
+        )
+    },
+    "clip": {
+        "v1": (
+            "You are an expert in recognising emotions from Chinese films and television series. You get one short "
+            "clip: frames of it in order, its sound, and the transcript of what is said, as far as there are any. Rank "
+            "all {count} emotions by how likely the speaker feels them, the most likely first, from face, voice and "
+            "words together. Judge the speaker's own feeling, not the topic. Take neutral as the most likely where "
+            "nothing speaks for an emotion.\n"
+            "The emotions:\n{glossary}\n"
+            'Answer with one JSON object and nothing else: {{"ranking": [{count} names, each exactly once, '
+            "spelt as above, the most likely first]}}.",
+            "Transcript: {transcript}",
+        )
+    },
 }
 
 
-def messages(transcript: str, labels: Sequence[str], version: str) -> list[dict[str, str]]:
-    """The chat messages that ask for the ranking of one transcript. KeyError for an unknown version."""
-    system, user = PROMPTS[version]
+def messages(transcript: str, labels: Sequence[str], version: str, source: str = "transcript") -> list[dict[str, str]]:
+    """The chat messages that ask for one ranking, from this source. KeyError for an unknown version."""
+    system, user = PROMPTS[source][version]
     lines = [f"- {label} ({GLOSSARY[label]})" if label in GLOSSARY else f"- {label}" for label in labels]
     return [
         {"role": "system", "content": system.format(count=len(labels), glossary="\n".join(lines))},
