@@ -34,10 +34,12 @@ setup: $(READY)
 
 # --without-pip and pip's --python: a bare Debian has neither ensurepip nor a writable system Python.
 # uv, because pip picks a CPU torch that torchvision can't load with, and takes ten times as long.
-$(READY): constraints.txt
+# The project itself comes last, since sync removes what constraints.txt does not list; it needs nothing from the network.
+$(READY): constraints.txt pyproject.toml
 	test -x .venv/bin/python || PATH="$(SYSTEM_PATH)" python3 -m venv --without-pip .venv
 	PATH="$(SYSTEM_PATH)" python3 -m pip --python .venv/bin/python install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
 	.venv/bin/uv pip sync --quiet --compile-bytecode --python .venv/bin/python constraints.txt
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	.venv/bin/python -m compileall -q stages
 	touch $(READY)
 

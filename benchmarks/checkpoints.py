@@ -4,45 +4,20 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-if TYPE_CHECKING:
-    from transformers import HubertConfig
+from stages.commands.published import DecoderSize, decoder_config, hubert_config
+from stages.engine.files import write_json, write_tensors
+from stages.engine.fingerprint import checkpoint_digest
 
 ALPHABET = [chr(code) for code in range(0x4E00, 0x4E00 + 2000)]  # a token each
 
 
-@dataclass(frozen=True)
-class DecoderSize:
-    """Of a Baichuan-like decoder, with ALiBi or rotary positions."""
-
-    layers: int
-    width: int
-    heads: int
-    inner: int
-    vocabulary: int = 64000
-    rotary: bool = False
-
-
-BAICHUAN_13B = DecoderSize(40, 5120, 40, 13696)
-BAICHUAN_7B = DecoderSize(32, 4096, 32, 11008, rotary=True)
 SMALL_DECODER = DecoderSize(6, 256, 4, 688)
 WIDER_DECODER = DecoderSize(8, 512, 8, 1376)
-
-
-def hubert_config(large: bool) -> "HubertConfig":
-    """Of HuBERT-large (layer norm, as chinese-hubert-large) or -base (group norm)."""
-    from transformers import HubertConfig
-
-    return HubertConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
-    ) if large else HubertConfig()
 
 
 def make_hubert(folder: Path, large: bool) -> Path:
@@ -72,28 +47,18 @@ def make_clip(folder: Path, name: str) -> Path:
 
 
 def make_prompts(folder: Path, checkpoint: Path) -> Path:
-    """EmoVCLIP's prompts for the checkpoint, four per layer over twelve layers, untrained; returns their file."""
+    """EmoVCLIP's prompts for the checkpoint as one fold, four per layer over twelve layers, untrained."""
     from open_clip import get_tokenizer
 
-    from stages.encoders.emovclip import initial_prompts, label_tokens, load_promptable
+    from stages.encoders.emovclip import TRAINED, initial_prompts, label_tokens, load_promptable
 
     model, name = load_promptable(str(checkpoint), None, "float32", "cpu")
     tokens = label_tokens(get_tokenizer(name), "a photo of a person feeling {label}.", ["joy", "anger"], 4)
     prompts = initial_prompts(model, tokens, 4, 12, 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "fold-0.safetensors"
-    save_file({name: tensor.detach() for name, tensor in prompts.named_parameters()}, path)
-    return path
-
-
-def decoder_config(size: DecoderSize) -> dict[str, Any]:
-    """config.json as Baichuan's have it: the 7B's rotary positions show in the key of the longest text."""
-    return {
-        "model_type": "baichuan", "vocab_size": size.vocabulary, "hidden_size": size.width,
-        "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
-        "max_position_embeddings" if size.rotary else "model_max_length": 4096, "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-    }
+    write_tensors(folder / "fold-0.safetensors", dict(prompts.named_parameters()))
+    digest = checkpoint_digest(str(checkpoint)).hex()
+    write_json(folder / TRAINED, {"revision": None, "digest": digest, "scope": "fold", "folds": 1})
+    return folder
 
 
 def make_decoder(folder: Path, size: DecoderSize, dtype: torch.dtype, device: str) -> Path:
@@ -125,7 +90,7 @@ def make_decoder(folder: Path, size: DecoderSize, dtype: torch.dtype, device: st
             layer + "mlp.up_proj.weight": normal(size.inner, width),
             layer + "mlp.down_proj.weight": normal(width, size.inner),
         })
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

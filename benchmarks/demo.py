@@ -44,7 +44,7 @@ def timed_repro(folder: Path) -> tuple[list[tuple[str, float]], float]:
 class MemoryWatch:
     """Peak of the summed resident memory of this process's descendants, sampled from /proc.
 
-    Of statm, since smaps_rollup, which knows who shares a page, walks every page: 16 ms for a process with torch, a
+    Of statm, since smaps_rollup, which accounts for shared pages, visits every page: 16 ms for a process with torch, a
     tenth of the demo's time.
     """
 

@@ -32,17 +32,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import checkpoints
+from stages.commands.published import BAICHUAN_13B, LAYERS, DecoderSize
 from stages.encoders import baichuan, clip, emovclip, hubert
 from stages.encoders.checkpoints import DTYPES, Dtype
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import pick_device, set_threads
-from stages.engine.encoding import Encode, Encoder, StoreReader, pooled_row
-from stages.engine.extraction import Input
+from stages.engine.encoding import Encode, Encoder, StoreReader
 from stages.engine.params import Runtime
 from stages.engine.store import Row, write_index, write_shard
+from stages.engine.work import Input
 
 RATE = 24000  # Hz, as extract_audio stores
 SHARD = 64  # clips, as in the presets
-LAYERS = [-4, -3, -2, -1]  # summed, as in the paper
 ROUNDS = 5  # alternating; the median of their ratios is shown
 
 
@@ -222,8 +223,8 @@ def emovclip_case(folder: Path, gpu: bool, dtype: Dtype, factor: float) -> Case:
 
 
 def baichuan_case(folder: Path, gpu: bool, dtype: Dtype, factor: float,
-                  size: checkpoints.DecoderSize = checkpoints.SMALL_DECODER) -> Case:
-    size = checkpoints.BAICHUAN_13B if gpu else size
+                  size: DecoderSize = checkpoints.SMALL_DECODER) -> Case:
+    size = BAICHUAN_13B if gpu else size
     checkpoint = checkpoints.make_decoder(folder / "decoder", size, DTYPES[dtype], "cuda" if gpu else "cpu")
     rng = np.random.default_rng(0)
     count = int((10000 if gpu else 128) * factor)

@@ -6,8 +6,8 @@
 The loop of the baseline's kind: one fold after another; a torch DataLoader with a collate over per-clip arrays, batch
 64; logits and loss brought to the host at every step. It has neither modality dropout nor standardisation, ours has
 both. The two alternate, five epochs of all folds at a time (five models share two cores evenly over epochs, not within
-one), and the median of the ratios is printed. Its habit of predicting all unlabelled clips after every epoch is timed
-once, with one fold's model, and five times that is added to its side.
+one), and the median of the ratios is printed. The baseline also predicts all unlabelled clips after every epoch: this
+is timed once, with one fold's model, and five times the result is added to its side.
 """
 
 import argparse

@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import checkpoints
-from benchmarks.encoders import LAYERS, write_audio
+from benchmarks.encoders import write_audio
+from stages.commands.published import LAYERS
 from stages.encoders import hubert
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import stage_devices
-from stages.engine.encoding import Encode, StoreReader, pooled_row, store_inputs
-from stages.engine.extraction import Stage, extract
+from stages.engine.encoding import Encode, StoreReader, store_inputs
+from stages.engine.extraction import write_store
 from stages.engine.fingerprint import PARTS
 from stages.engine.params import Params, load
 
@@ -44,7 +46,7 @@ def seconds(p: Params, checkpoint: Path) -> float:
                   partial(pooled_row, keep_frames=False, variance=True), p.runtime)
     stage = Stage("ray_overhead", Path("out") / p.runtime.executor, "features", {"variance": True}, "benchmark")
     start = time.perf_counter()
-    extract(stage, store_inputs("audio"), work, p, stage_devices(p.runtime))
+    write_store(stage, store_inputs("audio"), work, p, stage_devices(p.runtime))
     return time.perf_counter() - start
 
 

@@ -28,12 +28,13 @@ import cv2
 import numpy as np
 from ruamel.yaml import YAML
 
-from stages.engine.extraction import Input, Stage, extract
+from stages.engine.extraction import write_store
 from stages.engine.files import write_rows
 from stages.engine.fingerprint import PARTS
 from stages.engine.manifest import Clip, read_manifest, write_manifest
 from stages.engine.params import load
 from stages.engine.store import Row, Store, write_index, write_shard
+from stages.engine.work import Input
 
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "data", "features", "models", "reports", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
@@ -176,7 +177,7 @@ def resume() -> float:
     inputs = [Input(clip.clip_id, clip.clip_id, bytes.fromhex(clip.digest)) for clip in read_manifest()]
     stage = planned_stage()
     start = time.perf_counter()
-    extract(stage, inputs, NoWork(), params, ["cpu"])
+    write_store(stage, inputs, NoWork(), params, ["cpu"])
     return time.perf_counter() - start
 
 

@@ -1,4 +1,5 @@
-"""Stage corpus: what clips there are, in data/manifest.csv; and, apart, the labels that only evaluate may see.
+"""Stage corpus: what clips there are, in data/manifest.csv; apart, the labels that only evaluate may
+see, and in data/duplicates.csv the clips that it should not hold.
 
     python -m stages.corpus
 
@@ -8,8 +9,10 @@ Order: labelled, test, unlabelled, each by name, so that more unlabelled clips l
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stages.corpora import csv_file, mer2023, mer2024, mer2025
+from stages.corpora import cremad, csv_file, emodb, iemocap, meld, mer2023, mer2024, mer2025, mer2026, ravdess
+from stages.corpora.duplicates import find_duplicates, report_duplicates
 from stages.corpora.examine import examine_all
+from stages.corpora.folders import escaped
 from stages.corpora.layout import Entry, label_column, shown
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import write_rows
@@ -21,6 +24,12 @@ ADAPTERS: dict[str, Callable[[Path, Sequence[str]], list[Entry]]] = {
     "mer2024": mer2024.read,
     "mer2023": mer2023.read,
     "mer2025": mer2025.read,
+    "mer2026": mer2026.read,
+    "meld": meld.read,
+    "iemocap": iemocap.read,
+    "cremad": cremad.read,
+    "ravdess": ravdess.read,
+    "emodb": emodb.read,
     "csv": csv_file.read,
 }
 ORDER = ("labelled", "test", "unlabelled")
@@ -37,6 +46,9 @@ def read_entries(p: Params) -> list[Entry]:
         if entry.clip_id in first:
             raise PipelineError(f"{root}: clip name {entry.clip_id!r} occurs twice ({first[entry.clip_id]} and "
                                 f"{entry.path}); expected each name once in the whole corpus")
+        if escaped(entry.path) != entry.path:
+            raise PipelineError(f"{root}: file name {escaped(entry.path)} is not UTF-8, or holds control characters; "
+                                f"rename it (convmv does, for files unpacked in another encoding)")
         if not entry.clip_id.isprintable():
             raise PipelineError(f"{root}: clip name {entry.clip_id!r} holds control characters; rename {entry.path}")
         first[entry.clip_id] = entry.path
@@ -62,7 +74,9 @@ def main() -> None:
     p = load()
     entries = read_entries(p)
     truth = read_truth(p, entries)
-    write_manifest(examine_all(p, entries))
+    clips = examine_all(p, entries)
+    write_manifest(clips)
+    report_duplicates(Path(p.corpus.path), find_duplicates(clips, truth))
     write_rows("data/truth.csv", ["clip_id", "label"], [(e.clip_id, truth[e.clip_id]) for e in entries
                                                         if e.clip_id in truth])
 

@@ -20,6 +20,12 @@ LAYOUTS = {
                "candidate_20000.csv",
     "mer2023": "train/, test1/, test2/, test3/ and train-label.csv",
     "mer2025": "video/, subtitle_chieng.csv, track1_train_disdim.csv and track_all_candidates.csv",
+    "mer2026": "video/, subtitle_chieng.csv, track1_train.csv and track1_track2_candidate.csv",
+    "meld": "MELD.Raw and the three archives in it, unpacked",
+    "iemocap": "Session1/ to Session5/ of IEMOCAP_full_release",
+    "cremad": "VideoFlash/ or AudioWAV/",
+    "ravdess": "Actor_01/ and so on",
+    "emodb": "wav/",
     "csv": "clips.csv (path,split,label,...) and the clips that it lists",
 }
 
@@ -49,9 +55,11 @@ def check_corpus(p: Params) -> None:
     """Raises PipelineError saying where the corpus must lie and what must be in it."""
     folder = Path(p.corpus.path)
     if not folder.is_dir():
+        hint = " (~ is no folder here: write the whole path)" if p.corpus.path.startswith("~") else ""
+        hint = hint or (" (that is a file: name the folder that it is in)" if folder.exists() else "")
         raise PipelineError(
             f"corpus.path: found no folder {folder} (in {Path.cwd()}), expected the {p.corpus.adapter} corpus there, "
-            f"with {LAYOUTS[p.corpus.adapter]}; put or link it there, or change corpus.path"
+            f"with {LAYOUTS[p.corpus.adapter]}; put or link it there, or change corpus.path{hint}"
         )
 
 
@@ -64,7 +72,7 @@ def main() -> None:
         return
     check_corpus(p)
     for folder in (DATA, MODELS):
-        (folder / "README.txt").write_text(f"No demo here: corpus.adapter is {p.corpus.adapter}.\n")
+        (folder / "README.txt").write_text(f"Empty, since corpus.adapter is {p.corpus.adapter}, not demo.\n")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:
         by_fold = ensemble.predict(inputs, inputs.labelled, removed).numpy()  # (S, F, labelled, L)
         own = by_fold[:, run.folds, np.arange(len(run.folds))]
         others = np.zeros((len(own), len(inputs.others), own.shape[-1]), own.dtype)
-        if known.size:  # only the clips that are scored: the others' predictions would go nowhere
+        if known.size:  # only the clips that are scored: nothing uses the others' predictions
             others[:, run.known("test")] = ensemble.predict(inputs, known, removed).mean(dim=1).numpy()
         return own, others
 

@@ -15,36 +15,32 @@ from stages.engine.store import Store
 MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_faces": "data/faces"}
 
 
-def describe_modality(name: str, stores: dict[str, Store]) -> dict[str, Any]:
-    """What the fusion must know of one modality; the digest covers every clip's features."""
-    first = next(iter(stores.values()))
+def describe_modality(name: str, store: Store) -> dict[str, Any]:
+    """What the fusion must know of one modality. Digests: of every clip's features, and of what they were made from."""
     return {
         "name": name,
-        "folder": str(Path("features") / name),
-        "dimension": int(first.attrs["dimension"]),
-        "statistics": ["mean", "var"] if first.attrs["variance"] else ["mean"],
-        "per_fold": "." not in stores,
-        "present": int(first.present.sum()),
-        "digest": {part: store.digest for part, store in stores.items()},
+        "folder": str(store.folder),
+        "dimension": int(store.attrs["dimension"]),
+        "statistics": ["mean", "var"] if store.attrs["variance"] else ["mean"],
+        "per_fold": store.attrs["folds"] > 1,
+        "leaky": bool(store.attrs["leaky"]),
+        "present": int(store.present.sum()),
+        **{key: value for key, value in store.index.items() if key != "shards"},
     }
 
 
-def open_modality(name: str) -> dict[str, Store]:
-    """The modality's stores: one (".") or, where its encoder is trained per fold, one per fold."""
+def open_modality(name: str) -> Store:
     folder = Path("features") / name
     if not folder.is_dir():
         raise PipelineError(f"{folder}: not found; expected the features of fusion.modalities {name!r}")
-    folds = sorted(path.name for path in folder.glob("fold-*"))
-    return {part: Store(folder / part) for part in folds or ["."]}
+    return Store(folder)
 
 
-def skipped(modalities: dict[str, dict[str, Store]]) -> list[tuple[str, str, str, str]]:
+def skipped(modalities: dict[str, Store]) -> list[tuple[str, str, str, str]]:
     """(clip_id, stage, present, reason) wherever a stage recorded something; a loss is listed where it began."""
     stores = {stage: Store(folder) for stage, folder in MEDIA.items() if Path(folder).exists()}  # imports have none
-    for name, parts in modalities.items():
-        store = next(iter(parts.values()))
-        command = "import" if store.attrs.get("encoder") == "npy" else "extract"
-        stores["extract_emovclip" if name == "emovclip" else f"{command}@{name}"] = store
+    for name, store in modalities.items():
+        stores[f"{'import' if store.attrs.get('encoder') == 'npy' else 'extract'}@{name}"] = store
     return [
         (clip_id, stage, "true" if present else "false", reason)
         for stage, store in stores.items()
@@ -56,7 +52,7 @@ def skipped(modalities: dict[str, dict[str, Store]]) -> list[tuple[str, str, str
 def main() -> None:
     p = load_fusion()
     modalities = {name: open_modality(name) for name in p.fusion.modalities}
-    described = [describe_modality(name, stores) for name, stores in modalities.items()]
+    described = [describe_modality(name, store) for name, store in modalities.items()]
     write_json("data/modalities.json", {"modalities": described})
     write_rows("reports/skipped.csv", ["clip_id", "stage", "present", "reason"], sorted(skipped(modalities)))
 

@@ -61,7 +61,7 @@ def main() -> None:
     for path, table in (("reports/rounds.csv", pd.DataFrame(rows)), ("reports/pseudo_labels.csv", chosen)):
         with replacing(path) as file:
             table.to_csv(file, index=False, lineterminator="\n")
-    shutil.rmtree(folder, ignore_errors=True)  # the outs are whole: the rounds served resuming only
+    shutil.rmtree(folder, ignore_errors=True)  # the outs are complete, and only resuming needs the rounds
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Stage split_folds: seeded stratified folds of the labelled clips in data/folds.csv; groups never straddle folds."""
 
-from collections import Counter
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import write_rows
@@ -9,27 +13,54 @@ from stages.engine.params import load_fusion
 
 
 def split(clips: list[Clip], count: int, seed: int) -> list[int]:
-    """The fold 0..count - 1 of each labelled clip. Stratified by label; by group too where clips have one.
+    """The fold 0..count - 1 of each labelled clip. Stratified by label, and by group where clips have one; with as many
+    groups as folds each is one (leave one speaker out), whatever classes it lacks.
 
-    Raises PipelineError where a class has fewer clips (or groups) than there are folds.
+    Raises PipelineError where a class has fewer clips than there are folds, or where there are fewer groups.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
     labels = [clip.label for clip in clips]
-    grouped = any(clip.group for clip in clips)
+    if not any(clip.group for clip in clips):
+        label, least = min(sorted(Counter(labels).items()), key=lambda item: item[1])
+        if least < count:
+            raise PipelineError(f"folds.count: found {count}, but class {label!r} has {least} labelled clips; expected "
+                                f"at most {least} folds, or leave the class out of corpus.labels")
+        return _folds(StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels), len(clips))
     groups = [clip.group or clip.clip_id for clip in clips]
-    for label in sorted(set(labels)):
-        parts = {group for group, own in zip(groups, labels, strict=True) if own == label}
-        if len(parts) < count:
-            what = "groups" if grouped else "clips"
-            raise PipelineError(f"folds.count: found {count}, but class {label!r} has {len(parts)} labelled {what}; "
-                                f"expected at most {len(parts)} folds, or leave the class out of corpus.labels")
-    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(count, shuffle=True, random_state=seed)
-    folds = [0] * len(clips)
-    for fold, (_, validation) in enumerate(splitter.split(labels, labels, groups if grouped else None)):
+    distinct = len(set(groups))
+    if distinct < count:
+        raise PipelineError(f"folds.count: found {count}, but the labelled clips are of {distinct} groups; expected at "
+                            f"most {distinct} folds")
+    if distinct > count and max(Counter(labels).values()) >= count:  # what StratifiedGroupKFold asks for
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a class with fewer clips than folds: said below
+            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+            folds = _folds(splitter.split(labels, labels, groups), len(clips))
+        if len(set(folds)) == count:
+            return folds
+    # Stratifying can put all groups of a class into few folds and leave others empty; by size none is
+    return _folds(GroupKFold(count).split(labels, labels, groups), len(clips))
+
+
+def _folds(parts: Iterable[tuple[Any, Any]], clips: int) -> list[int]:
+    folds = [0] * clips
+    for fold, (_, validation) in enumerate(parts):
         for i in validation:
             folds[i] = fold
     return folds
+
+
+def remarks(clips: list[Clip], folds: list[int]) -> list[str]:
+    """What the folds cannot do: classes that a fold's training part lacks, and how many validation parts lack some."""
+    count = max(folds) + 1
+    where: dict[str, set[int]] = defaultdict(set)
+    for clip, fold in zip(clips, folds, strict=True):
+        where[clip.label].add(fold)
+    found = [f"all clips of class {label!r} are in one fold, which is trained without it"
+             for label, own in sorted(where.items()) if len(own) == 1]
+    lacking = {fold for own in where.values() for fold in range(count) if fold not in own}
+    return found + ([f"{len(lacking)} of {count} folds validate without a clip of some class"] if lacking else [])
 
 
 def main() -> None:
@@ -40,6 +71,8 @@ def main() -> None:
         raise PipelineError(f"data/manifest.csv: no labelled clip of class {', '.join(missing)}; "
                             f"expected some of every one of corpus.labels")
     folds = split(clips, p.folds.count, p.folds.seed)
+    for remark in remarks(clips, folds):
+        print(f"warning: split_folds: {remark}", file=sys.stderr)
     write_rows("data/folds.csv", ["clip_id", "fold"], [(c.clip_id, f) for c, f in zip(clips, folds, strict=True)])
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from stages.engine.devices import NARROW, free_bytes, pick_device, pick_workers, set_threads
 from stages.engine.errors import PipelineError, run_stage
-from stages.engine.files import empty_folder, replacing, write_rows
+from stages.engine.files import empty_folder, file_digest, write_json, write_rows, write_tensors
 from stages.engine.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
 from stages.engine.manifest import read_folds, read_manifest
-from stages.engine.params import Params, load
+from stages.engine.params import EmoVCLIP, Params, load
 from stages.engine.store import Store
 
 if TYPE_CHECKING:
@@ -65,11 +65,8 @@ def resume(trainer: "Trainer", path: Path) -> list[list[float]]:
 
 def keep(trainer: "Trainer", path: Path, curve: list[list[float]]) -> None:
     """Write the finished epoch: tensors, and the curve beside them in the same file, so both or neither are new."""
-    from safetensors.torch import save
-
     tensors, state = trainer.state()
-    with replacing(path, "wb") as file:
-        file.write(save(tensors, metadata={"values": json.dumps({"state": state, "curve": curve})}))
+    write_tensors(path, tensors, {"values": json.dumps({"state": state, "curve": curve})})
 
 
 def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[list[float]]:
@@ -90,13 +87,22 @@ def train_one(trainer: "Trainer", valid: Any, path: Path, title: str) -> list[li
     return curve
 
 
+def trained_for(e: EmoVCLIP, folds: int) -> dict[str, Any]:
+    """What the prompts belong to, `folds` files of them: the encoder refuses them for another checkpoint.
+
+    code: of the towers; dvc.yaml's extract can't name it for EmoVCLIP's row alone, so it tells that row of a change.
+    """
+    return {**e.model_dump(include={"checkpoint", "revision", "dtype", "scope", "prompts", "depth"}),
+            "digest": checkpoint_digest(e.checkpoint).hex(), "folds": folds,
+            "code": file_digest(Path(__file__).parent / "encoders/clip.py")}
+
+
 def train_all(p: Params, device: str) -> list[list[float]]:
     """Every fold's prompts into OUT; returns the rows of curves.csv."""
     from open_clip import get_tokenizer
-    from safetensors.torch import save
 
     from stages.encoders.clip import Images
-    from stages.encoders.emovclip import PromptedCLIP, initial_prompts, label_tokens, load_promptable
+    from stages.encoders.emovclip import TRAINED, PromptedCLIP, initial_prompts, label_tokens, load_promptable
     from stages.encoders.emovclip_training import Clips, Recipe, Trainer, training_bytes
 
     e = p.emovclip
@@ -123,9 +129,10 @@ def train_all(p: Params, device: str) -> list[list[float]]:
     content = [store.digest, Path("data/folds.csv").read_text(), *(f"{c.clip_id} {c.label}" for c in clips)]
     digest = hashlib.blake2b("\n".join(content).encode(), digest_size=16).digest()
     state = PARTS / "train_emovclip" / stage_fingerprint("train_emovclip", checkpoint_digest(e.checkpoint) + digest)
+    count = 1 if e.scope == "all" else int(fold_of.max()) + 1
     rows: list[list[float]] = []
     with ThreadPoolExecutor(pick_workers(p.runtime)) as threads:
-        for fold in [None] if e.scope == "all" else range(int(fold_of.max()) + 1):
+        for fold in [None] if e.scope == "all" else range(count):
             part = "all" if fold is None else f"fold-{fold}"
             inside = fold_of == (-1 if fold is None else fold)
             clip.prompts = initial_prompts(model, tokens, e.prompts, e.depth, e.seed).to(device)
@@ -136,9 +143,8 @@ def train_all(p: Params, device: str) -> list[list[float]]:
                 valid = subset(np.flatnonzero(inside))
                 curve = train_one(trainer, valid, state / f"{part}.safetensors", f"train_emovclip {part}")
                 rows += [[-1 if fold is None else fold, *point] for point in curve]
-            with replacing(OUT / f"{part}.safetensors", "wb") as file:
-                tensors = {n: t.detach().cpu().contiguous() for n, t in clip.prompts.named_parameters()}
-                file.write(save(tensors))
+            write_tensors(OUT / f"{part}.safetensors", dict(clip.prompts.named_parameters()))
+    write_json(OUT / TRAINED, trained_for(e, count))
     shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
     return rows
 

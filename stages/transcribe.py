@@ -5,50 +5,36 @@ Without transcribe.checkpoint, clips that come without a transcript stay without
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stages.engine.devices import stage_devices
-from stages.engine.encoding import Encode, Encoder, StoreReader
 from stages.engine.errors import run_stage
-from stages.engine.extraction import Input, Stage, extract
+from stages.engine.extraction import write_store
 from stages.engine.files import write_rows
 from stages.engine.fingerprint import checkpoint_digest, stage_fingerprint
+from stages.engine.inputs import StoreReader
 from stages.engine.manifest import read_manifest
 from stages.engine.params import Params, load
-from stages.engine.store import Row, Store
-
-if TYPE_CHECKING:
-    from stages.encoders.asr import Config
+from stages.engine.store import Store
+from stages.engine.work import Input, Target
 
 AUDIO = Path("data/audio")
 RECOGNIZED = Path(".cache/transcripts")  # the texts as a store, so that a kill costs one shard
 OUT = Path("data/transcripts.csv")
 
 
-def make_recognizer(device: str, config: "Config") -> Encoder:
-    from stages.encoders.asr import Recognizer
-
-    return Recognizer(config, device)
-
-
-def text_row(clip_id: str, text: str) -> Row:
-    return Row(clip_id, values=text)
-
-
 def recognize(clip_ids: Sequence[str], p: Params) -> dict[str, str]:
     """Texts of those clips that have usable audio, by clip; "" where nothing was recognised."""
-    from stages.encoders.asr import Config
+    from stages.encoders.asr import recognise_work
 
     options = p.transcribe.model_dump()
     audio = Store(AUDIO)
     known = {clip_id: i for i, clip_id in enumerate(audio.clip_ids)}
     inputs = [Input(c, c, audio.digests[known[c]], absent=not audio.present[known[c]]) for c in clip_ids]
-    work = Encode(partial(make_recognizer, config=Config(**options)), StoreReader(str(AUDIO)), text_row, p.runtime)
+    work = recognise_work(p.transcribe, StoreReader(AUDIO), p.runtime)
     fingerprint = stage_fingerprint("transcribe", checkpoint_digest(options["checkpoint"]))
-    stage = Stage("transcribe", RECOGNIZED, "text", {"extractor": "transcribe", **options}, fingerprint)
-    extract(stage, inputs, work, p, stage_devices(p.runtime))
+    target = Target("transcribe", RECOGNIZED, "text", {"extractor": "transcribe", **options}, fingerprint)
+    write_store(target, inputs, work, p, stage_devices(p.runtime))
     texts = Store(RECOGNIZED)
     return {c: texts.read(c) for c, present in zip(texts.clip_ids, texts.present, strict=True) if present}
 

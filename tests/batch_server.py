@@ -1,7 +1,7 @@
 """The chat-completions server with the Files and Batch API on top, as OpenAI documents them, for the tests.
 
-A batch is run when it is created; `polls` says how many looks later it is over. The server can kill its client, before
-or after it has served a given step: the only way to stop a process exactly between two of its requests.
+A batch is run when it is created; `polls` says after how many polls it is finished. The server can kill its client,
+before or after it has served a given step: the only way to stop a process exactly between two of its requests.
 """
 
 import email
@@ -112,7 +112,7 @@ class BatchServer(Server):
         self.steps: list[str] = []
         self.faults: dict[str, list[Plan]] = defaultdict(list)
         self.lose: dict[str, list[bool]] = defaultdict(list)  # replies that never arrive, of steps that were served
-        self.hidden = 0  # how many looks into the list do not show the newest batch
+        self.hidden = 0  # how many requests for the list are answered without the newest batch
         self.largest = 50_000
         self.kill: tuple[str, str] | None = None
         self.victim: int | None = None
@@ -199,7 +199,7 @@ class BatchServer(Server):
             shown = shown[1:]
         if after := query.get("after"):
             shown = shown[[batch["id"] for batch in shown].index(after[0]) + 1 :]
-        page = shown[:2]  # small pages, so that they have to be turned
+        page = shown[:2]  # small pages, so that the client has to ask for more than one
         return 200, {"object": "list", "data": page, "has_more": len(page) < len(shown)}
 
     def content(self, file_id: str) -> tuple[int, Any]:

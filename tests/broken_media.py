@@ -1,4 +1,4 @@
-"""Broken clips made from good ones: what 120,000 downloaded videos hold."""
+"""Broken clips made from good ones: as they occur among 120,000 downloaded videos."""
 
 import shutil
 from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
-KEY = "lab-0123456789-secret"  # unlike the vendor's, whose prefix gives them away
+KEY = "lab-0123456789-secret"  # without the vendor's prefix, by which a filter could recognise a key
 TOKENS_IN, TOKENS_OUT = 300, 40  # what the server says that a request took
 
 S = TypeVar("S", bound="Server")
@@ -23,7 +23,7 @@ Plan = Callable[["Handler", dict[str, Any]], None]
 
 
 def ranking_of(transcript: str) -> list[str]:
-    """The ranking that the server gives: fixed, and different between transcripts."""
+    """The server's answer: fixed for a transcript, and different between transcripts."""
     start = hashlib.sha256(transcript.encode()).digest()[0] % len(LABELS)
     return LABELS[start:] + LABELS[:start]
 

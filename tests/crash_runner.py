@@ -89,7 +89,7 @@ class Project:
     def run(self, stage: Stage, kill_after: float | None = None, from_nothing: bool = False) -> bool:
         """Run the stage; with kill_after, kill its process group after so many seconds. Whether it was too late.
 
-        The stage's duration is that of its fastest run from nothing: other work on the machine comes and goes.
+        The stage's duration is that of its fastest run from nothing: the machine's load varies.
         """
         assert self._server.stdin
         self._server.stdin.write(stage.command + "\n")
@@ -185,7 +185,7 @@ def kill_repeatedly(project: Project, stage: Stage, kills: int, series: int, see
         assert project.contents(stage.outs) == whole, f"{stage.name}: differs from the uninterrupted run"
         for name, content in whole.items():
             linked = kept / name
-            assert not linked.exists() or linked.read_bytes() == content, f"{stage.name}: wrote into {name} by a link"
+            assert not linked.exists() or linked.read_bytes() == content, f"{stage.name}: wrote into the link {name}"
     shutil.rmtree(kept, ignore_errors=True)
     return {"stage": stage.name, "seconds": round(stage.duration, 1), "kills": done, "too late": late,
             "completed": completed, "lost": 0}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from stages.engine.extraction import Input, Stage
 from stages.engine.params import Params, load, read_yaml
+from stages.engine.work import Input, Target
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,8 +22,8 @@ def small_shards(folder: Path) -> Params:
     return load()
 
 
-def stage(name: str = "some_stage", fingerprint: str = "f", kind: str = "text") -> Stage:
-    return Stage(name, Path("out") / name, kind, {"extractor": name, "variance": True}, fingerprint)
+def target(name: str = "some_stage", fingerprint: str = "f", kind: str = "text") -> Target:
+    return Target(name, Path("out") / name, kind, {"extractor": name}, fingerprint)
 
 
 def inputs(count: int) -> list[Input]:

@@ -1,4 +1,4 @@
-"""A chat model of a hundred thousand weights that has learned by heart what to answer to a few conversations."""
+"""A chat model of a hundred thousand weights trained until it reproduces the answers to a few conversations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,5 +78,5 @@ def save_chat_model(folder: Path, conversations: Sequence[tuple[Messages, str]])
             loss.backward()
             optimizer.step()
     torch.set_num_threads(threads)
-    assert loss.item() < 0.01, f"the miniature has not learned its answers: loss {loss.item():.3f}"
+    assert loss.item() < 0.01, f"the miniature does not reproduce its answers: loss {loss.item():.3f}"
     model.eval().save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from stages.engine.errors import run_stage
 Rows = dict[str, dict[str, str]]
 
 
-def run_predict(monkeypatch: pytest.MonkeyPatch, *arguments: object, expect: int = 0) -> None:
+def run_predict(*arguments: object, expect: int = 0) -> None:
     """The command, with the exit code that it is expected to have."""
-    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     try:
-        run_stage(predict.main)
+        run_stage(predict.main, list(map(str, arguments)))
     except SystemExit as ended:
         assert ended.code == expect
     else:

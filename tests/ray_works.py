@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.engine.extraction import Input
 from stages.engine.store import Row
+from stages.engine.work import Input
 
 LOG = Path("log")  # in the shared folder: a line "clip node" whenever a clip is computed
 
@@ -63,7 +63,7 @@ class Words:
 
 
 class Ramps:
-    """An encoder that takes its time: clip i is i + 2 frames of four numbers."""
+    """A slow encoder: clip i is i + 2 frames of four numbers."""
 
     dimension, unit_bytes, padded, concurrent = 4, 1000, True, True
 

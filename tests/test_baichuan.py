@@ -256,21 +256,39 @@ def test_a_tokenizer_of_remote_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("open('executed', 'w')")
     auto_map = {"AutoTokenizer": ["code.Tokenizer", None]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tokenizer", "auto_map": auto_map}))
-    with pytest.raises(PipelineError, match="no usable tokenizer") as caught:
+    with pytest.raises(PipelineError, match="no usable AutoTokenizer") as caught:
         encoder(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_decoder_spread_over_devices_computes_the_same(alibi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate's dispatch as on several GPUs, here with every share on the CPU."""
-    model = encoder(alibi)
-    prompt = model.prepare(TEXTS[3])
-    expected = model.encode([prompt])[0]
-    shares = dict.fromkeys(["embed_tokens", *(f"layers.{i}" for i in range(4)), "norm"], "cpu")
-    monkeypatch.setattr(baichuan, "_placement", lambda *_: shares)
-    spread = encoder(alibi)
-    assert isinstance(spread._model, baichuan._Baichuan) and hasattr(spread._model.decoder.layers[2], "_hf_hook")
-    assert np.array_equal(spread.encode([prompt])[0], expected)
+def test_a_decoder_spread_over_devices_computes_the_same(alibi: Path) -> None:
+    """accelerate's hooks, which transformers gives to the parts of a model on several GPUs, here all on the CPU."""
+    from accelerate import dispatch_model
+
+    decoder, ids = load_decoder(alibi, "13b", "float32", "cpu", [1, -1]), torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        expected = decoder(ids)
+        parts = dict.fromkeys(["embed_tokens", *(f"layers.{i}" for i in range(4)), "norm"], "cpu")
+        dispatch_model(decoder, parts, force_hooks=True)
+        assert hasattr(decoder.layers[2], "_hf_hook") and torch.equal(decoder(ids), expected)
+
+
+def test_what_is_too_large_for_one_gpu_is_shared_out(alibi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole layers, in their order; the GPUs' free memory is made up."""
+    decoder = torch.nn.ModuleDict({"model": load_decoder(alibi, "13b", "float32", "cpu", [-1])})
+    size = sum(parameter.numel() * 4 for parameter in decoder.parameters())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def place(share: float) -> dict[str, str | int]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(share * size), 0))
+        return baichuan._placement(decoder, "13b", torch.float32, "cuda:0")
+
+    assert place(1.2) == {"": "cuda:0"}
+    places = place(1.0)
+    layers = [places[f"model.layers.{i}"] for i in range(4)]
+    assert layers == sorted(layers) and set(places.values()) == {0, 1}
+    with pytest.raises(PipelineError, match="13b: needs .* GiB in torch.float32, the GPUs have .* GiB free"):
+        place(0.3)
 
 
 # --- the demo's checkpoint ---

@@ -114,7 +114,7 @@ def test_a_pickle_with_code_is_refused(copy: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (copy / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Payload()}, copy / "pytorch_model.bin", pickle_module=pickle)
-    with pytest.raises(PipelineError, match="copy: pytorch_model.bin is refused") as caught:
+    with pytest.raises(PipelineError, match="copy: pytorch_model.bin can't be loaded") as caught:
         encoder(copy)
     assert "\n" not in str(caught.value) and not (tmp_path / "executed").exists()
 
@@ -129,12 +129,19 @@ def test_other_broken_checkpoints_are_one_line(copy: Path, tmp_path: Path) -> No
         encoder(tmp_path / "nowhere")
     weights = load((copy / "model.safetensors").read_bytes())
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:900])
-    refused("copy: model.safetensors is damaged")
+    refused("copy: model.safetensors can't be loaded")
     (copy / "model.safetensors").unlink()
     refused("copy: no weights; expected model.safetensors")
     _shards(weights, copy, "model.safetensors", save_file)
     (copy / "model-00002-of-00002.safetensors").unlink()
-    refused("copy: shard model-00002-of-00002.safetensors is missing")
+    refused("model.safetensors.index.json names shard model-00002-of-00002.safetensors, expected a file beside it")
+    index = copy / "model.safetensors.index.json"
+    shutil.copy(copy / "model-00001-of-00002.safetensors", tmp_path / "outside.safetensors")
+    for outside in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, outside)}))
+        refused("copy: model.safetensors.index.json names shard .*outside.safetensors, expected a file beside it")
+    index.write_text("{}")
+    refused("copy: model.safetensors.index.json has no weight_map")
     save_file(weights, copy / "model.safetensors")
     change_config(copy, vocab_size=64)
     refused("model.embed_tokens.weight has shape")
@@ -155,7 +162,10 @@ def test_a_config_that_lacks_a_size(copy: Path) -> None:
 
 
 def test_loading_peaks_at_the_weights(tmp_path: Path) -> None:
-    """A 120 MB decoder stored as .bin in bfloat16 and loaded as float32, in a process of its own."""
+    """A 120 MB decoder stored as .bin in bfloat16 and loaded as float32, in a process of its own.
+
+    Only memory of its own counts: what it has mapped of the file can be dropped at any time.
+    """
     width, inner, layers = 768, 2048, 4
     shapes = {"embed_tokens.weight": (256, width), "norm.weight": (width,)}
     for i in range(layers):
@@ -175,14 +185,28 @@ def test_loading_peaks_at_the_weights(tmp_path: Path) -> None:
     config |= {"num_attention_heads": 12, "rms_norm_eps": 1e-6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = f"""
-import resource, torch
+import re, threading, torch
 from pathlib import Path
 from stages.encoders.baichuan import load_decoder
+
+def own():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, own())
+
+import transformers.modeling_utils, accelerate
 torch.ones(8, dtype=torch.bfloat16).float()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = own()
+watching = threading.Thread(target=watch)
+watching.start()
 decoder = load_decoder(Path({str(tmp_path)!r}), "big", "float32", "cpu", [-1])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / sum(p.numel() * 4 for p in decoder.parameters()))
+done.set()
+watching.join()
+print((max(peak, own()) - before) / sum(p.numel() * 4 for p in decoder.parameters()))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert float(result.stdout) < 1.15
+    assert 0.9 < float(result.stdout) < 1.15

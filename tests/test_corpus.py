@@ -11,7 +11,8 @@ from media_files import remux, write_small_clip
 from ruamel.yaml import YAML
 
 from stages.corpora import csv_file, mer2023, mer2024, mer2025
-from stages.corpora.layout import Entry, known_label
+from stages.corpora.labels import known_label
+from stages.corpora.layout import Entry
 from stages.corpus import ADAPTERS
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import read_manifest
@@ -141,10 +142,11 @@ def test_faults_of_a_mer_folder_are_one_line(tmp_path: Path, clip: Path, damage,
         ("x.mp4,train,joy", "found split 'train', expected one of ['labelled', 'unlabelled', 'test']"),
         ("x.mp4,labelled,", "a labelled clip without a label"),
         ("y.mp4,labelled,joy", "no such file"),
+        ("x.mp4,labelled,joy\nsub/x.mp4,test,joy", "line 3: sub/x.mp4: clip name 'x' occurs twice, first in line 2"),
     ],
 )
 def test_faults_of_a_csv_corpus_name_the_row(tmp_path: Path, clip: Path, row: str, expected: str) -> None:
-    place(clip, tmp_path / "corpus/x.mp4", tmp_path / "secret.mp4")
+    place(clip, tmp_path / "corpus/x.mp4", tmp_path / "corpus/sub/x.mp4", tmp_path / "secret.mp4")
     table(tmp_path / "corpus/clips.csv", "path,split,label", row)
     with pytest.raises(PipelineError) as caught:
         csv_file.read(tmp_path / "corpus", ["joy"])

@@ -136,7 +136,7 @@ def test_a_file_limit_is_one_line_and_the_next_run_completes(small: tuple[Projec
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
-    """A function that mounts a tmpfs or bind on a folder and takes it away at the end."""
+    """A function that mounts a tmpfs or bind on a folder, unmounted at the end."""
     mounted = tmp_path / "probe"
     mounted.mkdir()
     probe = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(mounted)], capture_output=True)

@@ -1,4 +1,4 @@
-"""The demo corpus: real clips in the MER2024 layout, the same bytes every time, broken where they are meant to be."""
+"""The demo corpus: real clips in the MER2024 layout, the same bytes every time, with the intended broken clips."""
 
 import csv
 import hashlib

@@ -1,6 +1,7 @@
-"""EmoVCLIP's two stages: resumption, folds kept apart, features under every fold's prompts, bad prompt files."""
+"""EmoVCLIP's training stage and its encoder: resumption, folds kept apart, whose prompts they are, bad files."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from safetensors.torch import save_file
 from test_emovclip import LABELS, SIDE, pictures
 
-from stages import extract_emovclip, train_emovclip
+from stages import train_emovclip
 from stages.encoders import emovclip
+from stages.encoders.clip import Images
+from stages.encoders.emovclip import PromptedCLIP
 from stages.encoders.emovclip_training import Trainer
+from stages.engine.devices import lanes
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, write_manifest
@@ -71,7 +75,7 @@ def outputs(folder: str = "models/emovclip") -> dict[str, bytes]:
 def test_killed_training_goes_on_at_the_last_finished_epoch(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_emovclip.main()
     expected = outputs()
-    assert set(expected) == {"fold-0.safetensors", "fold-1.safetensors", "curves.csv"}
+    assert set(expected) == {"fold-0.safetensors", "fold-1.safetensors", "curves.csv", "trained.json"}
     keep, epochs = train_emovclip.keep, Trainer.run_epoch
     done: list[int] = []
 
@@ -106,38 +110,81 @@ def test_a_folds_prompts_never_see_its_validation_labels(house: Path) -> None:
     assert after["fold-1.safetensors"] != before["fold-1.safetensors"]
 
 
-def test_features_of_every_clip_under_every_folds_prompts(house: Path) -> None:
+def encoder(**changes: Any) -> emovclip.Encoder:
+    options: dict[str, Any] = {"checkpoint": "models/demo/clip", "revision": None, "dtype": "float32"}
+    return emovclip.Encoder(emovclip.Config(**{**options, "prompts": "models/emovclip", **changes}), "cpu")
+
+
+def test_features_of_a_frame_under_every_folds_prompts(house: Path) -> None:
     train_emovclip.main()
-    extract_emovclip.main()
-    stores = [Store(f"features/emovclip/fold-{fold}") for fold in (0, 1)]
-    for fold, store in enumerate(stores):
-        assert len(store) == 16 and store.present.sum() == 15 and not store.present[-1]
-        assert store.var is None and store.mean.shape == (16, 64)
-        encoder = emovclip.Encoder(emovclip.Config("models/demo/clip", None, "float32",
-                                                   f"models/emovclip/fold-{fold}.safetensors"), "cpu")
-        [expected] = encoder.encode([encoder.prepare(Store("data/frames").read("clip_07"))])
-        assert np.allclose(store.mean[7], expected.mean(0), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(stores[0].mean, stores[1].mean, atol=1e-3)
+    both = encoder()
+    assert (both.folds, both.dimension, both.variance) == (2, 64, False)
+    jpegs = Store("data/frames").read("clip_07")
+    [found] = both.encode([both.prepare(jpegs)])
+    assert found.shape == (3, 2 * 64) and found.dtype == np.float32
+    for fold, features in enumerate(np.split(found, 2, axis=1)):
+        model, _ = emovclip.load_promptable("models/demo/clip", None, "float32", "cpu")
+        alone = PromptedCLIP(model, emovclip.load_prompts(f"models/emovclip/fold-{fold}.safetensors", model))
+        images = Images(model.visual)
+        with torch.inference_mode():
+            expected = alone.frame_features(images.to_input(images.decode(jpegs), "cpu", torch.float32))
+        assert np.array_equal(features, expected.numpy())
+    assert not np.allclose(*np.split(found, 2, axis=1), atol=1e-3)
+
+
+def test_threads_at_once_each_have_their_folds_prompts(house: Path) -> None:
+    train_emovclip.main()
+    both, rng = encoder(), np.random.default_rng(0)
+    clips = [rng.integers(0, 256, (1, SIDE, SIDE, 3), np.uint8) for _ in range(40)]
+    expected = [both.encode([clip])[0] for clip in clips]
+    assert both.concurrent
+    with lanes(4) as pool:
+        for found, alone in zip(pool.map(lambda clip: both.encode([clip])[0], clips), expected, strict=True):
+            np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_curves(house: Path) -> None:
+    train_emovclip.main()
     with open("models/emovclip/curves.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["fold"], row["epoch"]) for row in rows] == [(str(f), str(e)) for f in (0, 1) for e in (1, 2, 3)]
     assert all(0 <= float(row["valid_waf"]) <= 100 for row in rows)
 
 
-def test_scope_all_makes_one_store(house: Path) -> None:
+def test_scope_all_is_one_fold(house: Path) -> None:
     set_params(scope="all", epochs=1, warmup_epochs=0)
     train_emovclip.main()
-    assert set(outputs()) == {"all.safetensors", "curves.csv"}
-    extract_emovclip.main()
-    assert len(Store("features/emovclip")) == 16
+    assert set(outputs()) == {"all.safetensors", "curves.csv", "trained.json"}
+    assert encoder().folds == 1
 
 
 def test_no_prompts_is_no_training_and_zero_shot_features(house: Path) -> None:
     set_params(prompts=0)
     train_emovclip.main()
-    extract_emovclip.main()
-    first, second = (Store(f"features/emovclip/fold-{fold}").mean for fold in (0, 1))
-    assert np.array_equal(first, second) and first.any()
+    both = encoder()
+    [found] = both.encode([both.prepare(Store("data/frames").read("clip_07"))])
+    assert np.array_equal(*np.split(found, 2, axis=1)) and found.any()
+
+
+def test_prompts_of_another_checkpoint_are_refused(house: Path) -> None:
+    set_params(prompts=0)
+    train_emovclip.main()
+    trained = json.loads(Path("models/emovclip/trained.json").read_text())
+    assert {"checkpoint", "revision", "dtype", "digest", "scope", "folds", "prompts", "depth"} == set(trained)
+    with pytest.raises(PipelineError, match="models/emovclip: .* trained for .* revision None, .* revision 'other'"):
+        encoder(revision="other")
+    shutil.copytree("models/demo/clip", "moved")
+    encoder(checkpoint="moved")  # the same files
+    Path("moved/notes.json").write_text("{}")
+    with pytest.raises(PipelineError, match="models/emovclip: .* trained for checkpoint models/demo/clip, digest"):
+        encoder(checkpoint="moved")
+    for folds in (0, "2", 10**9):
+        Path("models/emovclip/trained.json").write_text(json.dumps(trained | {"folds": folds}))
+        with pytest.raises(PipelineError, match=f"models/emovclip/trained.json: folds: found {folds!r}"):
+            encoder()
+    Path("models/emovclip/trained.json").write_text("[")
+    with pytest.raises(PipelineError, match="models/emovclip: trained.json can't be read"):
+        encoder()
 
 
 @pytest.mark.parametrize(("chosen", "free", "expected"),
@@ -161,16 +208,20 @@ def test_gradients_are_checkpointed_when_memory_asks(
     assert set(used) == {expected}
 
 
-@pytest.mark.parametrize("change", ["gone", "narrow", "flat", "text"])
-def test_bad_prompt_files(clip_checkpoint: Path, tmp_path: Path, change: str) -> None:
-    path = tmp_path / "fold-0.safetensors"
+@pytest.mark.parametrize("change", ["gone", "narrow", "flat", "text", "missing"])
+def test_bad_prompt_files(house: Path, change: str) -> None:
+    set_params(prompts=0)
+    train_emovclip.main()
+    path = Path("models/emovclip/fold-1.safetensors")
     tensors = {"vision": torch.zeros(2, 4, 64), "text": torch.zeros(2, 4, 32)}
     if change == "gone":
         del tensors["text"]
-    elif change != "text":
+    elif change in ("narrow", "flat"):
         tensors["text"] = torch.zeros(2, 4, 31) if change == "narrow" else torch.zeros(8, 32)
     save_file(tensors, path)
     if change == "text":
         path.write_text("not prompts")
-    with pytest.raises(PipelineError, match="fold-0.safetensors: (tensor text|can't be read)"):
-        emovclip.Encoder(emovclip.Config(str(clip_checkpoint), None, "float32", str(path)), "cpu")
+    elif change == "missing":
+        path.unlink()
+    with pytest.raises(PipelineError, match="fold-1.safetensors: (tensor text|can't be read)"):
+        encoder()

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine import ROOT, contents, inputs, small_shards, stage
+from engine import ROOT, contents, inputs, small_shards, target
 
+from stages.encoders.pooling import pooled_row
 from stages.engine import encoding
-from stages.engine.encoding import Ahead, Encode, batches, pooled_row, runs
+from stages.engine.encoding import Ahead, Encode, batches, runs
 from stages.engine.errors import PipelineError, Skip
-from stages.engine.extraction import Input, extract
+from stages.engine.extraction import write_store
 from stages.engine.params import Params
 from stages.engine.store import Store
+from stages.engine.work import Input
 
 UNITS = 20  # that fit into the budget of 1 MB
 PREPARED = 1 << 20  # bytes of a clip of the memory test
@@ -80,7 +82,7 @@ def encode(p: Params, make: object = make_doubler, keep_frames: bool = True) -> 
 def test_order_is_kept_skips_are_recorded_and_nan_is_refused(p: Params) -> None:
     clips = inputs(20)
     clips[2] = Input("c02", None, b"", absent=True)
-    extract(stage(kind="features"), clips, encode(p), p, ["cpu"])
+    write_store(target(kind="features"), clips, encode(p), p, ["cpu"])
     store = Store("out/some_stage")
     assert store.clip_ids == [clip.clip_id for clip in clips]
     assert store.present.tolist() == [i not in (2, 4, 7) for i in range(20)]
@@ -92,12 +94,12 @@ def test_order_is_kept_skips_are_recorded_and_nan_is_refused(p: Params) -> None:
 
 @pytest.mark.parametrize("make", [make_doubler, make_cutter])
 def test_several_devices_give_the_same_bytes_as_one(p: Params, tmp_path: Path, make: object) -> None:
-    extract(stage(kind="features"), inputs(40), encode(p, make), p, ["cpu"])
+    write_store(target(kind="features"), inputs(40), encode(p, make), p, ["cpu"])
     one = contents(Path("out/some_stage"))
     other = tmp_path / "other"
     other.mkdir()
     os.chdir(other)
-    extract(stage(kind="features"), inputs(40), encode(p, make), p, ["cpu", "cpu"])
+    write_store(target(kind="features"), inputs(40), encode(p, make), p, ["cpu", "cpu"])
     assert contents(Path("out/some_stage")) == one
     assert Store("out/some_stage").read("c39").tolist() == [[39, 78]] * 40
 
@@ -106,7 +108,7 @@ def test_an_error_in_a_device_process_stops_the_others_and_is_one_line(p: Params
     clips = inputs(60)
     clips[1] = Input("c01", 99, b"")
     with pytest.raises(PipelineError, match=r"^data/audio: damaged$"):
-        extract(stage(kind="features"), clips, encode(p), p, ["cpu", "cpu"])
+        write_store(target(kind="features"), clips, encode(p), p, ["cpu", "cpu"])
 
 
 def die(item: int) -> int:
@@ -116,17 +118,17 @@ def die(item: int) -> int:
 def test_a_device_process_that_dies_is_said(p: Params) -> None:
     work = Encode(make_doubler, die, partial(pooled_row, keep_frames=False, variance=True), p.runtime)
     with pytest.raises(PipelineError, match="ended from outside"):
-        extract(stage(kind="features"), inputs(8), work, p, ["cpu", "cpu"])
+        write_store(target(kind="features"), inputs(8), work, p, ["cpu", "cpu"])
 
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_device_that_runs_out_of_memory_gets_smaller_batches(p: Params, padded: bool) -> None:
     clips = [clip for clip in inputs(9) if clip.item not in (4, 7)]
     small = Doubler(padded, device_units=9)
-    extract(stage(kind="features"), clips, encode(p, lambda _: small), p, ["cpu"])
+    write_store(target(kind="features"), clips, encode(p, lambda _: small), p, ["cpu"])
     assert max(small.passes) <= 9
     large = Doubler(padded)
-    extract(stage("other", kind="features"), clips, encode(p, lambda _: large), p, ["cpu"])
+    write_store(target("other", kind="features"), clips, encode(p, lambda _: large), p, ["cpu"])
     assert max(large.passes) > 9
     ours, theirs = Store("out/some_stage"), Store("out/other")
     assert all(np.array_equal(ours.read(clip.clip_id), theirs.read(clip.clip_id)) for clip in clips)
@@ -135,7 +137,7 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches(p: Params, padded
 @pytest.mark.parametrize(("padded", "units"), [(True, 3), (False, 0)])
 def test_a_clip_that_never_fits_is_one_line(p: Params, padded: bool, units: int) -> None:
     with pytest.raises(PipelineError, match=r"^clip c0[0-3]: .* memory .* \d+ samples, tokens or images"):
-        extract(stage(kind="features"), inputs(4), encode(p, lambda _: Doubler(padded, units)), p, ["cpu"])
+        write_store(target(kind="features"), inputs(4), encode(p, lambda _: Doubler(padded, units)), p, ["cpu"])
 
 
 def test_batches_fit_the_budget_and_lose_nothing() -> None:
@@ -168,7 +170,7 @@ def test_decoding_goes_on_while_the_device_computes_but_not_without_bound(monkey
         chunks = iter(ahead)
         assert next(chunks) == clips[:3]
         wait_until(lambda: len(started) >= 10)
-        time.sleep(0.1)  # a thread that went too far would show by now
+        time.sleep(0.1)  # time for a thread to exceed the limit, if none stopped it
         assert 10 <= len(started) <= 14  # the second chunk's clips too; what runs while the limit is met may finish
         for _ in range(3):
             ahead.take()
@@ -195,7 +197,7 @@ def test_no_thread_is_left_behind(p: Params) -> None:
     clips = inputs(60)
     clips[5] = Input("c05", 99, b"")
     with pytest.raises(PipelineError, match="damaged"):
-        extract(stage(kind="features"), clips, encode(p), p, ["cpu"])
+        write_store(target(kind="features"), clips, encode(p), p, ["cpu"])
     assert threading.active_count() == before
 
 
@@ -225,7 +227,7 @@ def extract_and_print_peak(count: int, shard_size: int) -> None:
     p = small_shards(Path.cwd())
     p = p.model_copy(update={"corpus": p.corpus.model_copy(update={"shard_size": shard_size})})
     clips = [Input(f"c{i}", i, i.to_bytes(16, "little")) for i in range(count)]
-    extract(stage(kind="features"), clips, encode(p, make_large, keep_frames=False), p, ["cpu"])
+    write_store(target(kind="features"), clips, encode(p, make_large, keep_frames=False), p, ["cpu"])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 

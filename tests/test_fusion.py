@@ -68,7 +68,7 @@ class Plain(nn.Module):
 
 
 def plain_training(inputs, p, seed, fold):
-    """One model trained as a textbook does it, with the batches and the dropout that training.py documents."""
+    """One model trained by a plain loop, with the batches and the dropout that training.py documents."""
     torch.manual_seed(_word(stream(seed, fold, 0, INITIAL)))
     model = Plain(inputs.modalities, p.hidden)
     adam = torch.optim.Adam(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay)
@@ -278,7 +278,7 @@ def test_removed_modality_is_an_absent_one():
     assert (without - absent).abs().max() < 1e-6
     assert (without - ensemble.predict(inputs, inputs.others)).abs().max() > 0.01
     nothing = ensemble.predict(inputs, inputs.others, frozenset({"sound", "face", "prompt"}))
-    assert (nothing - nothing[:, :, :1]).abs().max() < 1e-6  # knows nothing: the same answer for every clip
+    assert (nothing - nothing[:, :, :1]).abs().max() < 1e-6  # no input: the same answer for every clip
 
 
 def test_prediction_streams_in_chunks(monkeypatch):

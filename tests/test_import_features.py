@@ -1,6 +1,7 @@
 """Feature files of one's own: into a folder by the command, to a WAF by DVC, and the errors on the way."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "text": (lambda: spoil("004", np.array(["a"])), r"Ses01\.004\.npy: holds <U1, expected numbers"),
     "damaged": (lambda: Path("mine/voice-UTT/Ses01.004.npy").write_bytes(b"\x93NUMPY"), r"not a \.npy array"),
     "no features": (lambda: [path.unlink() for path in Path("mine/face-FRA").iterdir()], r"face-FRA: no \.npy files"),
+    "archives": (lambda: [path.rename(path.with_suffix(".npz")) for path in Path("mine/face-FRA").iterdir()],
+                 r"face-FRA: no \.npy files \(found \.npz\); expected one per clip"),
+    "a file in capitals too": (lambda: Path("mine/voice-UTT/Ses01.004.NPY").touch(),
+                               r"Ses01\.004\.npy: Ses01\.004\.NPY is there too; expected one file a clip"),
+    "a pipe": (lambda: (Path("mine/voice-UTT/Ses01.004.npy").unlink(), os.mkfifo("mine/voice-UTT/Ses01.004.npy")),
+               r"Ses01\.004\.npy: a pipe, expected a file"),
+    "a name with and without its extension": (lambda: labels("Ses01.000.mp4,sad,train"),
+                                              r"the clip Ses01\.000 occurs twice, with and without an extension"),
     "clips without features": (
         lambda: labels(*(f"dia{i}.mp4,sad,train" for i in range(10))),
         r"10 of 90 clips have no file \('dia0.mp4', .*more than --max-missing 0.1 allows; .* has 'Ses01.000.npy'"),
@@ -192,6 +201,12 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no columns": (lambda: Path("mine/labels.csv").write_text("clip,emotion\na,sad\n"), r"found columns .*'clip'"),
     "no label column": (lambda: Path("mine/labels.csv").write_text("name,emotion\na,sad\n"), r"expected name and lab"),
     "one class": (lambda: Path("mine/labels.csv").write_text("name,label\nSes01.000,sad\n"), r"classes \['sad'\], exp"),
+    "two columns of labels": (lambda: Path("mine/labels.csv").write_text("name,discrete,label\na,sad,0\n"),
+                              r"labels\.csv: line 1: found both columns label and discrete"),
+    "a scale": (lambda: Path("mine/labels.csv").write_text("name,label\nSes01.000,0.1\nSes01.001,-1.5\n"),
+                r"labels\.csv: the labels are numbers on a scale"),
+    "nan": (lambda: labels("Ses01.090,nan,train"), r"Ses01\.090: a clip to train on without a label"),
+    "an open quote": (lambda: labels('Ses01.090,"sad,train'), r"labels\.csv: line 82: a quote opens in this row"),
     "a foreign folder": (lambda: (Path("meld").mkdir(), Path("meld/notes").touch()), r"meld: holds files"),
 }
 
@@ -224,6 +239,32 @@ def test_a_clip_absent_everywhere_stays_with_a_warning(request_: Request, capsys
     assert reasons["nowhere"] == "no feature file" and reasons["Ses01.005"] == NOTHING
 
 
+def test_names_of_clip_files_and_files_in_capitals_are_the_clips(request_: Request) -> None:
+    lines = Path("mine/labels.csv").read_text().splitlines()
+    named = [line.replace(",", ".MP4,", 1) if i % 2 else line.replace("train", "Train").replace("test", "TEST")
+             for i, line in enumerate(lines[1:])]
+    Path("mine/labels.csv").write_text("\n".join([lines[0], *named]) + "\n")
+    Path("mine/face-FRA/Ses01.000.npy").rename("mine/face-FRA/Ses01.000.NPY")
+    import_features(request_)
+    assert [clip.clip_id for clip in read_manifest("meld/data/manifest.csv")] == [f"Ses01.{i:03d}" for i in range(80)]
+    assert Store("meld/features/face").present.all()
+
+
+def test_spellings_are_merged_over_both_files(request_: Request, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = {1: "xxx", 65: "nan", **dict.fromkeys(range(0, 80, 3), "Happy")}
+    spelled = [odd.get(i, CLASSES[i % 4]) for i in range(80)]
+    rows = [(f"Ses01.{i:03d}", label) for i, label in enumerate(spelled)]
+    table(Path("mine/labels.csv"), ("name", "label"), rows[:60])
+    table(Path("mine/test.csv"), ("name", "label"), rows[60:])
+    import_features(replace(request_, test=Path("mine/test.csv")))
+    assert load_fusion("meld/params.yaml").corpus.labels == ["Happy", "angry", "neutral", "sad", "xxx"]
+    truth = dict(line.split(",") for line in Path("meld/data/truth.csv").read_text().splitlines())
+    assert len(truth) == 20 and "Ses01.065" not in truth and truth["Ses01.061"] == "Happy"
+    warning = capsys.readouterr().err
+    assert "warning: mine/labels.csv: merged as 'Happy': 'Happy' (27), 'happy' (12); looks like no class:" in warning
+    assert "taken as no label: 'nan' (1)" in warning
+
+
 def test_labels_outside_the_params_are_refused_the_second_time(request_: Request) -> None:
     import_features(request_)
     labels("Ses01.090,bored,train")
@@ -238,7 +279,6 @@ def test_folders_that_are_not_the_users_are_refused(request_: Request, folder: s
 
 
 @pytest.mark.parametrize("pair", ["voice", "=x", "Voice=x", "emovclip=x", "../up=x"])
-def test_modalities_need_a_name_and_a_folder(monkeypatch: pytest.MonkeyPatch, pair: str) -> None:
-    monkeypatch.setattr("sys.argv", ["import_features", "meld", pair, "--labels", "x.csv"])
+def test_modalities_need_a_name_and_a_folder(pair: str) -> None:
     with pytest.raises(PipelineError, match="expected NAME=FOLDER"):
-        importing.main()
+        importing.main(["meld", pair, "--labels", "x.csv"])

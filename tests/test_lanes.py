@@ -17,11 +17,12 @@ from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import make_clip
 from stages.corpora.demo.text import sentences
 from stages.encoders import baichuan, clip, hubert
+from stages.encoders.pooling import pooled_row
 from stages.engine.devices import lanes
-from stages.engine.encoding import Encode, pooled_row
-from stages.engine.extraction import Input
+from stages.engine.encoding import Encode
 from stages.engine.params import Runtime
 from stages.engine.store import Row
+from stages.engine.work import Input
 from stages.fusion import training
 from stages.fusion.features import fold_statistics
 
@@ -76,7 +77,7 @@ class Prepared:
         self.size, self.concurrent = encoder.size, encoder.concurrent
         self._encoder, self._prepared = encoder, prepared
         self.threads: set[int] = set()
-        self.together = threading.Barrier(2, timeout=30)  # the first two calls meet: they do run at once
+        self.together = threading.Barrier(2, timeout=30)  # the first two calls wait for each other: both must run
         self.calls = 0
 
     def prepare(self, item: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Decoding: every odd clip gives samples and frames, or a reason; never a crash, never silence about a loss."""
+"""Decoding: every odd clip gives samples and frames, or a reason; nothing crashes, and every loss is reported."""
 
 import struct
 from fractions import Fraction

@@ -10,17 +10,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from engine import small_shards, stage
+from engine import small_shards, target
 
 from stages.crop_faces import faces_row
 from stages.engine.errors import PipelineError, Skip
-from stages.engine.extraction import Input, extract
+from stages.engine.extraction import write_store
 from stages.engine.params import Params
 from stages.engine.per_clip import PerClip
 from stages.engine.store import Store
+from stages.engine.work import Input
 from stages.media.openface import crop_clip, find_binary
 
-# It behaves as the clip is called. Like the real one it cuts the output's name at a dot, and writes ", " in its CSV.
+# The clip's name says how it behaves. Like the real one it cuts the output's name at a dot, and writes ", " in its CSV.
 STAND_IN = """#!{python} -SE
 import os, sys, time, subprocess
 from pathlib import Path
@@ -60,7 +61,7 @@ ONE_FACE = [(frame, 0, 0.9, 1, 80) for frame in range(1, 7)]
 KINDS = {
     "good": ONE_FACE,
     "unsure": [(1, 0, 0.98, 1, 80), (2, 0, 0.2, 1, 80), (3, 0, 0.0, 0, 80)],
-    # a bystander comes first and surely; the speaker is larger and stays
+    # a bystander is detected first, with more confidence; the speaker is larger and in more frames
     "several": [(1, 0, 0.99, 1, 30), (2, 0, 0.99, 1, 30), (2, 1, 0.9, 1, 90), (3, 1, 0.9, 1, 90), (4, 1, 0.9, 1, 90)],
     "faceless": [(frame, 0, 0.0, 0, 80) for frame in range(1, 7)],
     "empty": [],
@@ -162,7 +163,7 @@ def test_one_clips_failure_does_not_stop_the_rest(clips: Path, monkeypatch: pyte
     kinds = ["good", "nothing", "crashes", "several", "hangs", "lost"]
     inputs = [Input(kind, str(clips / f"{kind}-1.2 你.mp4"), kind.encode()) for kind in kinds]
     function = partial(faces_row, faces=faces, time_limit=3)
-    extract(stage(kind="images"), inputs, PerClip(function, workers=2, timeout=30), p, ["cpu"])
+    write_store(target(kind="images"), inputs, PerClip(function, workers=2, timeout=30), p, ["cpu"])
     store = Store("out/some_stage")
     assert dict(zip(kinds, store.present.tolist(), strict=True)) == {
         "good": True, "nothing": False, "crashes": False, "several": True, "hangs": False, "lost": True}

@@ -28,14 +28,14 @@ from stages.inference.trained import check_params
 
 
 def test_good_and_broken_clips(
-    trained_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trained_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (trained_copy / "clips/text.mp4").write_text("no clip at all\n")
     (trained_copy / "clips/notes.txt").write_text("not looked at\n")
     table = [("name", "transcript"), ("a", SENTENCES[0]), ("b.mkv", SENTENCES[1])]
     with open("transcripts.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)
-    run_predict(monkeypatch, "clips", "--transcripts", "transcripts.csv", "--out", "out/predictions.csv")
+    run_predict("clips", "--transcripts", "transcripts.csv", "--out", "out/predictions.csv")
     found = rows(Path("out/predictions.csv"))
     assert list(found) == ["clips/a.mp4", "clips/b.mkv", "clips/c.mp4", "clips/text.mp4"]
     labels = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
@@ -58,27 +58,27 @@ def test_good_and_broken_clips(
     err = capfd.readouterr().err
     assert "warning: clips/text.mp4: " in err and "predict: 1 of 4 clips could not be read" in err
 
-    run_predict(monkeypatch, "clips/a.mp4", "--transcript", SENTENCES[0])  # alone, to stdout: the same
+    run_predict("clips/a.mp4", "--transcript", SENTENCES[0])  # alone, to stdout: the same
     alone = list(csv.DictReader(capfd.readouterr().out.splitlines()))
     assert len(alone) == 1 and numbers(alone[0]) == pytest.approx(numbers(spoken), abs=1e-5)
 
 
 def test_no_readable_clip_is_exit_code_1(
-    trained_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trained_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("x.mp4", "y.mp4"):
         (trained_copy / name).write_bytes(b"")
-    run_predict(monkeypatch, "x.mp4", "y.mp4", "--out", "p.csv", expect=1)
+    run_predict("x.mp4", "y.mp4", "--out", "p.csv", expect=1)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("warning", "error"))]
     assert len(lines) == 3 and lines[-1] == "error: predict: none of the 2 clips could be read"
     assert all("can't be opened" in row["reason"] and not row["prediction"] for row in rows(Path("p.csv")).values())
 
 
-def test_words_are_recognised_where_none_are_given(trained_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)  # some random networks hear nothing at all
+def test_words_are_recognised_where_none_are_given(trained_copy: Path) -> None:
+    torch.manual_seed(0)  # some random networks recognise no text
     make_ctc(trained_copy / "models/ctc", "layer")
     change("transcribe.checkpoint", "models/ctc")
-    run_predict(monkeypatch, "clips", "--transcripts", word_table({"a": SENTENCES[0]}), "--out", "p.csv")
+    run_predict("clips", "--transcripts", word_table({"a": SENTENCES[0]}), "--out", "p.csv")
     found = rows(Path("p.csv"))
     assert found["clips/a.mp4"]["transcript"] == SENTENCES[0]
     assert found["clips/b.mkv"]["transcript"] and found["clips/b.mkv"]["ranking"]
@@ -86,7 +86,7 @@ def test_words_are_recognised_where_none_are_given(trained_copy: Path, monkeypat
 
 
 def test_a_table_for_other_clips_is_pointed_out(
-    trained_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trained_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert predict.given_transcripts([Path("clips/a.mp4")], None, word_table({"x": "好"})) == {Path("clips/a.mp4"): ""}
     assert "warning: words.csv: none of its 1 names is a clip's" in capfd.readouterr().err
@@ -123,7 +123,7 @@ def test_attention_is_what_weighs_the_encodings() -> None:
     softmax, attention = ensemble.predict_with_attention(inputs, rows)
     assert attention.shape == (2, 3, 9, 3) and (attention == torch.tensor([0.0, 2.0, -1.0])).all()
     assert torch.equal(softmax, ensemble.predict(inputs, rows))
-    encoder = by_name["encoders.sound.linear_3.weight"]  # a modality that weighs nothing has no say
+    encoder = by_name["encoders.sound.linear_3.weight"]  # a modality of weight 0 has no influence
     encoder.uniform_(-1, 1)
     assert torch.equal(softmax, ensemble.predict(inputs, rows))
 
@@ -146,12 +146,12 @@ def test_attention_is_what_weighs_the_encodings() -> None:
     ],
 )
 def test_bad_arguments_are_one_line(
-    trained_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str],
+    trained_copy: Path, capfd: pytest.CaptureFixture[str], arguments: list[str],
     expected: str,
 ) -> None:
     (trained_copy / "texts").mkdir()
     (trained_copy / "texts/a.txt").write_text("words\n")
-    run_predict(monkeypatch, *arguments, expect=1)
+    run_predict(*arguments, expect=1)
     assert expected in error_of(capfd)
 
 
@@ -169,11 +169,11 @@ def test_bad_arguments_are_one_line(
     ],
 )
 def test_what_the_models_lack_is_one_line(
-    trained_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    trained_copy: Path, capfd: pytest.CaptureFixture[str],
     damage: Callable[[], None], expected: str,
 ) -> None:
     damage()
-    run_predict(monkeypatch, "clips/a.mp4", expect=1)
+    run_predict("clips/a.mp4", expect=1)
     assert expected in error_of(capfd)
 
 

@@ -124,7 +124,7 @@ def test_the_stage_collects_what_a_killed_run_left(
 
 @pytest.fixture
 def interrupted(server: BatchServer, tmp_path: Path) -> Path:
-    """A batch under way, with nobody waiting for it."""
+    """A batch under way, for which no process waits."""
     server.kill = ("poll", "after")
     assert killed(server, tmp_path) == -signal.SIGKILL
     return tmp_path

@@ -134,7 +134,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             parameter.data.normal_(0, 0.3)
     model.save_pretrained(folder)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # in a miniature model they only get in each other's way
+    torch.set_num_threads(1)  # in a miniature model several threads only slow each other down
     yield folder
     torch.set_num_threads(threads)
 

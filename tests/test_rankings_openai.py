@@ -189,7 +189,7 @@ STOPPERS = {
     "unknown model": (fail(404, "The model `gpt-test` does not exist"), "rankings.model: gpt-test"),
     "unknown model, with 400": (fail(400, "Model Not Exist", "model_not_found"), "rankings.model: gpt-test"),
     "no credit": (fail(429, "You exceeded your current quota", "insufficient_quota"), "no credit"),
-    "a day to wait": (fail(429, "daily limit", Retry_After="40000"), "wait for 40000 s"),
+    "daily limit": (fail(429, "daily limit", Retry_After="40000"), "wait for 40000 s"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The stage rank_emotions as a process: killed and started again, two at once, and the key in no place it leaves."""
+"""The stage rank_emotions as a process: killed and started again, two at once, and the key in no file or message."""
 
 import json
 import os

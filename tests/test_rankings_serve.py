@@ -1,6 +1,6 @@
 """Rankings from a model on one's own machine: `transformers serve`, as the README says, with a miniature chat model.
 
-The server is the real one and decodes freely: it takes no JSON schema. The model has learned by heart what to answer:
+The server is the real one and decodes freely: it takes no JSON schema. The model is trained to give these answers:
 valid rankings, one that doubles a label until it is told so, and one that is never a ranking.
 """
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROOT, contents, inputs, small_shards, stage
+from engine import ROOT, contents, inputs, small_shards, target
 from media_files import write_small_clip
 from ray_works import LOG, Words, computed, identity, make_ramps
 from ruamel.yaml import YAML
 
-from stages.engine.encoding import Encode, pooled_row
+from stages.encoders.pooling import pooled_row
+from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError
-from stages.engine.extraction import extract
+from stages.engine.extraction import write_store
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import Params, load
 from stages.engine.ray_cluster import connection, plan_slots, sound_nodes
@@ -74,13 +75,13 @@ def test_the_bytes_are_those_of_local_and_all_nodes_have_a_share(p: Params) -> N
     clips = inputs(30)
     clips[7] = dataclasses.replace(clips[7], absent=True)
     work = Encode(make_ramps, identity, partial(pooled_row, keep_frames=True, variance=True), p.runtime)
-    extract(stage("a", kind="features"), clips, work, p, ["cpu"])
+    write_store(target("a", kind="features"), clips, work, p, ["cpu"])
     assert sorted({clip for clip, _ in computed()}) == [clip.clip_id for clip in clips if not clip.absent]
     assert len({node for _, node in computed()}) == 2
     by_ray = contents(Path("out/a"))
     assert not list(Path(".cache/ray").iterdir())
     shutil.rmtree(".cache/parts")
-    extract(stage("a", kind="features"), clips, work, locally(p), ["cpu"])
+    write_store(target("a", kind="features"), clips, work, locally(p), ["cpu"])
     assert contents(Path("out/a")) == by_ray and len(by_ray) == 9
 
 
@@ -112,7 +113,7 @@ def test_a_stage_as_dvc_runs_it(p: Params, tmp_path: Path) -> None:
 ])
 def test_a_task_that_fails_for_good_names_its_clip(p: Params, fault: dict[str, str], expected: str) -> None:
     with pytest.raises(PipelineError, match=expected) as caught:
-        extract(stage("a"), inputs(8), Words(**fault), p, ["cpu"])
+        write_store(target("a"), inputs(8), Words(**fault), p, ["cpu"])
     assert "\n" not in str(caught.value)
     tried = [node for clip, node in computed() if clip == "c05"]
     assert len(tried) == 3 and len(set(tried)) == 2
@@ -122,7 +123,7 @@ def test_a_task_that_fails_for_good_names_its_clip(p: Params, fault: dict[str, s
 def test_no_cluster_at_the_address(p: Params) -> None:
     start = time.monotonic()
     with pytest.raises(PipelineError, match=r"runtime\.ray_address: no Ray cluster to join at localhost:1 .*refused"):
-        extract(stage("a"), inputs(8), Words(), on_ray("localhost:1"), ["cpu"])
+        write_store(target("a"), inputs(8), Words(), on_ray("localhost:1"), ["cpu"])
     assert time.monotonic() - start < 10
 
 
@@ -154,10 +155,10 @@ def test_versions_that_differ_between_nodes(
         node = cluster.add_node(num_cpus=1)
     try:
         with pytest.raises(PipelineError, match=r"Ray node .*: has h5py 0\.0\.1, expected \d.*constraints\.txt"):
-            extract(stage("a"), inputs(8), Words(), p, ["cpu"])
+            write_store(target("a"), inputs(8), Words(), p, ["cpu"])
         shutil.rmtree(package)
         with pytest.raises(PipelineError, match=r"Ray node .*: runs other code than this machine") as caught:
-            extract(stage("a"), inputs(8), Words(), p, ["cpu"])
+            write_store(target("a"), inputs(8), Words(), p, ["cpu"])
     finally:
         cluster.remove_node(node)
     assert "\n" not in str(caught.value)
@@ -206,7 +207,7 @@ def test_a_node_killed_in_the_middle_costs_no_shard(
 
     killer = threading.Thread(target=kill_at_work)
     killer.start()
-    extract(stage("a"), inputs(60), Words(doomed=third.node_id), p, ["cpu"])
+    write_store(target("a"), inputs(60), Words(doomed=third.node_id), p, ["cpu"])
     killer.join()
     assert "shards are given out again" in capsys.readouterr().err
     assert len([clip for clip, node in computed() if node == third.node_id]) == 5

@@ -13,6 +13,7 @@ from trained_run import SENTENCES
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
+from stages.engine.files import write_json
 from stages.inference.bundle import INDEX, SCHEMA, open_bundle
 
 
@@ -20,18 +21,18 @@ from stages.inference.bundle import INDEX, SCHEMA, open_bundle
 def released(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
-        release.main()
+        release.main([])
     return Path(shutil.move(trained / "models/release", tmp_path_factory.mktemp("elsewhere") / "bundle"))
 
 
 def test_a_bundle_gives_the_same_elsewhere(
     trained_copy: Path, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_predict(monkeypatch, "clips", "--transcripts", word_table({"a": SENTENCES[0]}), "--out", "p.csv")
+    run_predict("clips", "--transcripts", word_table({"a": SENTENCES[0]}), "--out", "p.csv")
     here = rows(Path("p.csv"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    run_predict(monkeypatch, trained_copy / "clips", "--transcripts", trained_copy / "words.csv", "--bundle", released,
+    run_predict(trained_copy / "clips", "--transcripts", trained_copy / "words.csv", "--bundle", released,
                 "--device", "cpu", "--out", "p.csv")
     there = {str(Path(clip).relative_to(trained_copy)): row for clip, row in rows(Path("p.csv")).items()}
     assert there.keys() == here.keys()
@@ -62,14 +63,17 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
     change("extractors.hubert.checkpoint", "TencentGameMate/chinese-hubert-large")
     change("extractors.hubert.revision", "90cb6604")
     change("emovclip.checkpoint", "ViT-L-14-quickgelu / openai")
-    release.main()
+    description = Path("models/emovclip/trained.json")  # as if the prompts had been trained for it
+    trained = json.loads(description.read_text())
+    write_json(description, trained | {"checkpoint": "ViT-L-14-quickgelu / openai", "digest": ""})
+    release.main([])
     row = open_bundle(Path("models/release")).params
     assert row.extractors["hubert"].options["checkpoint"] == "TencentGameMate/chinese-hubert-large"
     assert row.emovclip.checkpoint == "ViT-L-14-quickgelu / openai"
     assert row.extractors["clip"].options["checkpoint"] == "models/release/checkpoints/clip"
     card = Path("models/release/README.md").read_text()
     assert "- TencentGameMate/chinese-hubert-large\n" in card and "| 90cb6604 |" in card
-    release.main()  # in place of the earlier one
+    release.main([])  # in place of the earlier one
 
 
 @pytest.mark.parametrize(
@@ -80,13 +84,14 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
         (lambda: change("extractors.hubert.checkpoint", "models/demo/nowhere"), "models/demo/nowhere: no such folder"),
         (remove("reports/metrics.json"), "reports/metrics.json: not found; .* dvc repro"),
         (remove("models/self_training"), "no trained models; make them with: dvc repro self_train"),
+        (lambda: change("emovclip.revision", "other"), "models/emovclip: its prompts were trained for .* revision"),
         (lambda: Path("reports/metrics.json").write_text('{"seeds": 9, "folds": 3}'), "of 3 folds x 9 seeds, but"),
     ],
 )
 def test_what_can_not_be_released_is_one_line(trained_copy: Path, damage: Callable[[], None], expected: str) -> None:
     damage()
     with pytest.raises(PipelineError, match=expected) as caught:
-        release.main()
+        release.main([])
     assert "\n" not in str(caught.value) and not Path("models/release").exists()
 
 
@@ -99,7 +104,7 @@ def bundle(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def reindex(bundle: Path, **changes: object) -> None:
-    """Make the index fit the files as they are now, as whoever means harm would."""
+    """Make the index fit the files as they are now, as an attacker would."""
     import hashlib
 
     index = json.loads((bundle / INDEX).read_text())
@@ -173,7 +178,7 @@ def edit(bundle: Path, key: str, value: object) -> None:
 
 
 def test_a_bundle_names_no_program_server_or_key(bundle: Path) -> None:
-    """What would run something, or send the environment's secrets somewhere, is the machine's own affair."""
+    """What would run something, or send the environment's secrets somewhere, is set on the machine alone."""
     edit(bundle, "rankings.base_url", "http://evil.example/v1")
     edit(bundle, "rankings.api_key_env", "AWS_SECRET_ACCESS_KEY")
     edit(bundle, "faces.detector", "openface")
@@ -184,8 +189,9 @@ def test_a_bundle_names_no_program_server_or_key(bundle: Path) -> None:
     assert p.faces.openface_binary == "FeatureExtraction" and p.runtime.workers == "auto"
 
 
-def test_opening_a_bundle_executes_nothing_of_it(bundle: Path, trained: Path, capfd: pytest.CaptureFixture[str],
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_a_bundle_executes_nothing_of_it(
+    bundle: Path, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import pickle
 
     class Evil:
@@ -204,10 +210,10 @@ def test_opening_a_bundle_executes_nothing_of_it(bundle: Path, trained: Path, ca
         harm = b"x: !!python/object/apply:os.mkdir [marker]\n" + content if name.endswith("yaml") else evil
         (bundle / name).write_bytes(harm)
         reindex(bundle)
-        run_predict(monkeypatch, trained / "clips/a.mp4", "--bundle", bundle, "--device", "cpu", expect=1)
+        run_predict(trained / "clips/a.mp4", "--bundle", bundle, "--device", "cpu", expect=1)
         error_of(capfd)
         (bundle / name).write_bytes(content)
     assert not Path("marker").exists()
     reindex(bundle)
-    run_predict(monkeypatch, trained / "clips/a.mp4", "--bundle", bundle, "--device", "cpu", "--out", "p.csv")
+    run_predict(trained / "clips/a.mp4", "--bundle", bundle, "--device", "cpu", "--out", "p.csv")
     assert rows(Path("p.csv")) and not Path("marker").exists()

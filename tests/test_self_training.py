@@ -1,4 +1,4 @@
-"""Self-training: which clips are chosen, what they change, resuming to the same bits, the stage's files."""
+"""Self-training: which clips are chosen, their effect, resuming to the same bits, the stage's files."""
 
 import json
 from pathlib import Path

@@ -1,12 +1,13 @@
-"""Folds: stratified, seeded, and never through a group."""
+"""Folds: stratified, seeded, and a group is never split."""
 
+import warnings
 from collections import Counter
 
 import pytest
 
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import Clip
-from stages.split_folds import split
+from stages.split_folds import remarks, split
 
 
 def clips(counts: dict[str, int], group_size: int = 0) -> list[Clip]:
@@ -39,5 +40,47 @@ def test_groups_stay_together() -> None:
 def test_a_class_smaller_than_the_folds_is_refused() -> None:
     with pytest.raises(PipelineError, match=r"folds\.count: found 5, but class 'worry' has 4 labelled clips"):
         split(clips({"neutral": 50, "worry": 4}), 5, seed=0)
-    with pytest.raises(PipelineError, match="has 3 labelled groups"):
-        split(clips({"neutral": 24, "worry": 24}, group_size=8), 5, seed=0)
+    with pytest.raises(PipelineError, match="found 5, but the labelled clips are of 4 groups; expected at most 4"):
+        split(clips({"neutral": 24, "worry": 24}, group_size=12), 5, seed=0)
+
+
+def grouped(counts: dict[str, dict[str, int]]) -> list[Clip]:
+    """Clips of each group as label -> how many."""
+    return [Clip(f"{group}-{label}-{i}", "", "labelled", label, "", group, None, 0, "")
+            for group, own in counts.items() for label, count in own.items() for i in range(count)]
+
+
+# groups as label -> clips, folds, what is said of them
+GROUPED: dict[str, tuple[dict[str, dict[str, int]], int, list[str]]] = {
+    "one speaker out": ({f"s{i}": {"joy": 5, "fear": 3} for i in range(4)}, 4, []),
+    "a speaker without a class": ({f"s{i}": {"joy": 5} | ({"fear": 3} if i else {}) for i in range(5)}, 5,
+                                  ["1 of 5 folds validate without a clip of some class"]),
+    "a class of one speaker": ({f"s{i}": {"joy": 5, "fear": 4} | ({"awe": 9} if i == 2 else {}) for i in range(5)}, 5,
+                               ["all clips of class 'awe' are in one fold, which is trained without it",
+                                "4 of 5 folds validate without a clip of some class"]),
+    "speakers of one class each": ({f"s{i}": {"joy" if i % 2 else "fear": 6} for i in range(6)}, 3, []),
+    "more speakers than folds": ({f"s{i}": {"joy": 3, "fear": 2, "awe": i % 2} for i in range(10)}, 5, []),
+    "one speaker with almost everything": (
+        {"s0": {"joy": 90, "fear": 90}, "s1": {"joy": 1}, "s2": {"fear": 1}, "s3": {"joy": 1}}, 3,
+        ["2 of 3 folds validate without a clip of some class"]),
+    "classes smaller than the folds": ({f"s{i}": {"joy" if i % 2 else "fear": 1} for i in range(6)}, 4,
+                                       [" of 4 folds validate without"]),
+    "fewer clips of each class than folds": (
+        {f"s{i}": {"joy" if i % 2 else "fear": 1} for i in range(4)}, 3, [" of 3 folds validate without"]),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_groups_may_lack_classes(case: str, seed: int) -> None:
+    counts, count, said = GROUPED[case]
+    corpus = grouped(counts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folds = split(corpus, count, seed)
+    assert folds == split(corpus, count, seed) and set(folds) == set(range(count))
+    of_group = {(clip.group, fold) for clip, fold in zip(corpus, folds, strict=True)}
+    assert len(of_group) == len(counts)
+    found = remarks(corpus, folds)
+    if said or case == "one speaker out":
+        assert len(found) == len(said) and all(b in a for a, b in zip(found, said, strict=True))

@@ -1,12 +1,13 @@
-"""The shard store: what goes in comes out, same bytes for same content, damage is found and named."""
+"""The shard store: what was written is read back, same bytes for same content, damage is found and named."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stages.encoders.pooling import pooled_row
 from stages.engine.errors import PipelineError
-from stages.engine.store import Row, Store, feature_row, write_index, write_shard
+from stages.engine.store import Row, Store, write_index, write_shard
 
 
 def write(folder: Path, kind: str, shards: list[list[Row]], **attributes: object) -> Store:
@@ -19,7 +20,7 @@ def write(folder: Path, kind: str, shards: list[list[Row]], **attributes: object
 
 def features(rng: np.random.Generator, name: str, length: int, **kwargs: bool) -> Row:
     options = {"keep_frames": True, "variance": True} | kwargs
-    return feature_row(name, rng.standard_normal((length, 5)).astype(np.float32), **options)
+    return pooled_row(name, rng.standard_normal((length, 5)).astype(np.float32), **options)
 
 
 def test_audio_round_trip(tmp_path: Path) -> None:
@@ -56,14 +57,14 @@ def test_images_and_text_round_trip(tmp_path: Path) -> None:
 def test_features_pool_over_time_in_double_precision(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     sequence = (1e4 + rng.standard_normal((3000, 5))).astype(np.float32)
-    rows = [feature_row("a", sequence, True, True), Row("b", reason="x"), feature_row("c", sequence[:1], True, True)]
+    rows = [pooled_row("a", sequence, True, True), Row("b", reason="x"), pooled_row("c", sequence[:1], True, True)]
     store = write(tmp_path / "f", "features", [rows], dimension=5, variance=True)
     np.testing.assert_allclose(store.mean[0], sequence.astype(np.float64).mean(0), rtol=1e-6)
     assert store.var is not None
     np.testing.assert_allclose(store.var[0], sequence.astype(np.float64).var(0), rtol=1e-6)
     assert (store.mean[1] == 0).all() and (store.var[2] == 0).all()
     np.testing.assert_array_equal(store.read("a"), sequence)
-    rows = [feature_row("a", sequence, keep_frames=False, variance=False)]
+    rows = [pooled_row("a", sequence, keep_frames=False, variance=False)]
     pooled = write(tmp_path / "g", "features", [rows], dimension=5, variance=False)
     assert pooled.var is None
     with pytest.raises(PipelineError, match="keep_frames"):

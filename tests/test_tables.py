@@ -29,7 +29,7 @@ def test_every_row_is_possible_and_valid(file: str) -> None:
 
 
 def test_rows_are_the_papers() -> None:
-    """Spot checks against section 9 of the design: what a row sets, and what the paper found."""
+    """Spot checks against section 9 of the design: what a row sets, and the paper's figures."""
     rows = {row.name: row for row in ROWS}
     assert rows["baichuan-text"].changes["extractors.baichuan.input"] == "transcripts.csv"
     assert "extractors.baichuan.input" not in rows["baichuan"].changes and rows["baichuan"].paper == (56.65, 56.84)
@@ -63,7 +63,7 @@ def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() 
 
     assert touched("train_fusion", "deps", "stages/fusion/model.py") != key
     assert touched("corpus", "outs", "data/manifest.csv") != key
-    assert touched("train_fusion", "outs", "models/fusion") == key  # the workspace's own results are no row's
+    assert touched("train_fusion", "outs", "models/fusion") == key  # the workspace's own results belong to no row
 
 
 def figures(cv: float, test: float | None) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from stages import transcribe
 from stages.encoders.asr import Config, Recognizer
 from stages.engine.encoding import Ahead, Encode
 from stages.engine.errors import PipelineError, Skip
-from stages.engine.extraction import Input
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import load
 from stages.engine.store import Row, write_index, write_shard
+from stages.engine.work import Input
 
 ROOT = Path(__file__).parents[1]
 RATE = 24_000
@@ -28,7 +28,7 @@ CHARACTERS = list("我你他不好开心难过生气怎么来了是")
 
 
 def speech(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
-    """int16 (n,): a wandering tone with noise, so that a random network says something that varies."""
+    """int16 (n,): a wandering tone with noise, so that a random network's output varies."""
     noise = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     pitch = 200 + 150 * np.sin(2 * np.pi * (0.7 + 0.3 * seed) * time)
@@ -142,7 +142,7 @@ def make_whisper(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Miniature models: threads only get in each other's way."""
+    """Miniature models: several threads only slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
+from stages.engine.files import write_json
+from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.params import read_yaml
 from stages.fusion.ensemble import Ensemble
 from stages.fusion.model import Architecture, initial_parameters
@@ -41,6 +43,9 @@ def make_trained(root: Path) -> None:
         widths = {"vision": WIDTH, "text": TEXT_WIDTH}
         prompts = {name: torch.randn(LAYERS, 4, width, generator=generator) for name, width in widths.items()}
         save_file(prompts, root / f"models/emovclip/fold-{fold}.safetensors")
+    digest = checkpoint_digest(str(root / "models/demo/clip")).hex()
+    write_json(root / "models/emovclip/trained.json", {"checkpoint": "models/demo/clip", "revision": None,
+                                                       "digest": digest, "scope": "fold", "folds": FOLDS})
     metrics = json.loads((ROOT / "reports/metrics.json").read_text()) | {"seeds": len(SEEDS), "folds": FOLDS}
     (root / "reports").mkdir()
     (root / "reports/metrics.json").write_text(json.dumps(metrics))

@@ -8,10 +8,12 @@ does per frame is measured here, on one core, on a drawn 960 x 720 clip. Corpora
 for a server, so neither is in the sum.
 """
 
+import argparse
 import math
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.checkpoints import BAICHUAN_7B, BAICHUAN_13B, decoder_config, hubert_config
-from benchmarks.encoders import LAYERS
+from stages.commands.published import BAICHUAN_7B, BAICHUAN_13B, LAYERS, decoder_config, hubert_config
 from stages.corpora.demo.portraits import animate
 from stages.corpora.demo.video import write_clip
 from stages.encoders.baichuan import Decoder
+from stages.engine.errors import run_stage
 from stages.media.centerface import crop_clip, load_detector
 from stages.media.frames import sample_frames
 
@@ -95,7 +97,9 @@ def media_seconds() -> tuple[float, float]:
     return (middle - start) / len(frames), end - middle
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    argparse.ArgumentParser("mer estimate", allow_abbrev=False, description="Hours that the whole of MER2024 takes on "
+                            "several machines, by calculation; measures one core for seconds").parse_args(arguments)
     units, (per_frame, per_clip) = per_unit(), media_seconds()
     print("; ".join(f"{name} {value / 1e9:,.0f}" for name, value in units.items())
           + f" billion operations per second of audio, image, {TOKENS} tokens")
@@ -135,4 +139,4 @@ def shown(hours: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main, sys.argv[1:])

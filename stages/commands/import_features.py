@@ -21,8 +21,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,22 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from stages.commands.npy import feature_files, write_features
-from stages.corpora.layout import Entry, known_label, read_table, shown
+from stages.corpora.duplicates import find_duplicates, report_duplicates
+from stages.corpora.folders import MEDIA
+from stages.corpora.labels import read_labels
+from stages.corpora.layout import Entry, shown
+from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, write_rows
 from stages.engine.manifest import Clip, Split, write_manifest
 from stages.engine.params import load_fusion, read_yaml
+from stages.engine.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS: dict[str, Split] = {"train": "labelled", "labelled": "labelled", "test": "test", "unlabelled": "unlabelled"}
 ORDER = ("labelled", "test", "unlabelled")
 STAGES = ("split_folds", "gather_features", "train_fusion", "self_train", "evaluate")
-WRITTEN = ("data/manifest.csv", "data/truth.csv", "features")
+WRITTEN = ("data/manifest.csv", "data/truth.csv", "data/duplicates.csv", "features")
 SECTIONS = ("folds", "fusion", "self_training", "evaluate")
 TAKEN = {"data", "features", "models", "reports", "stages", "tests"}  # the repository's own, or hidden from DVC
 IGNORED = "/.cache/\n/data/\n/features/\n"
@@ -66,14 +72,16 @@ def read_entries(request: Request, classes: Sequence[str] | None) -> list[Entry]
 
     Raises PipelineError for a bad row, and for features of clips that no label file names.
     """
-    entries = _label_file(request.labels, "labelled", classes)
-    if request.test is not None:
-        test = _label_file(request.test, "test", classes)
-        if twice := sorted({e.clip_id for e in entries} & {e.clip_id for e in test}):
-            raise PipelineError(f"{request.test}: {len(twice)} names that {request.labels} has too: {shown(twice)}")
-        entries += test
-    listed = {entry.clip_id for entry in entries}
     found = {name for folder in request.features.values() for name in feature_files(folder)}
+    rows = _without_extensions(_label_file(request.labels, "labelled"), found)
+    if request.test is not None:
+        test = _without_extensions(_label_file(request.test, "test"), found)
+        if twice := sorted({row.name for row in rows} & {row.name for row in test}):
+            raise PipelineError(f"{request.test}: {len(twice)} names that {request.labels} has too: {shown(twice)}")
+        rows += test
+    labels = read_labels(request.labels, {row.where: row.label for row in rows}, classes)
+    entries = [_entry(row, labels[row.where]) for row in rows]
+    listed = {entry.clip_id for entry in entries}
     unlisted = sorted(found - listed)
     if unlisted and request.unlisted == "error":
         raise PipelineError(f"{request.labels}: lacks {len(unlisted)} clips that have features: {shown(unlisted)}; "
@@ -86,31 +94,57 @@ def read_entries(request: Request, classes: Sequence[str] | None) -> list[Entry]
     return sorted(entries, key=lambda entry: (ORDER.index(entry.split), entry.clip_id))
 
 
-def _label_file(path: Path, split: Split, classes: Sequence[str] | None) -> list[Entry]:
-    rows = read_table(path, ("name",))
-    columns = set(next(iter(rows.values()), {}))
-    column = next((name for name in ("label", "discrete") if name in columns), None)
-    if column is None and split == "labelled":
-        raise PipelineError(f"{path}: found columns {sorted(columns)}, expected name and label")
-    return [_entry(path, name, row, row.get(column or "", ""), split, classes) for name, row in rows.items()]
+@dataclass(frozen=True)
+class LabelRow:
+    """One row of a label file."""
+
+    where: str  # as errors name it
+    name: str
+    label: str
+    split: Split  # of the file, for rows that name none
+    cells: Mapping[str, str]
 
 
-def _entry(path: Path, name: str, row: Mapping[str, str], label: str, split: Split,
-           classes: Sequence[str] | None) -> Entry:
-    where = f"{path}: {name}"
-    if not name or not name.isprintable():
-        raise PipelineError(f"{where!r}: not a clip's name")
-    if row.get("split"):
-        if row["split"] not in SPLITS:
-            raise PipelineError(f"{where}: found split {row['split']!r}, expected train, test or unlabelled (folds for "
+def _label_file(path: Path, split: Split) -> list[LabelRow]:
+    header, _ = read_lines(path, ("name",))
+    columns = [name for name in ("label", "discrete") if name in header]
+    if not columns and split == "labelled":
+        raise PipelineError(f"{path}: found columns {header}, expected name and label")
+    if len(columns) > 1:
+        raise PipelineError(f"{path}: line 1: found both columns label and discrete; remove or rename one of them")
+    return [LabelRow(f"{path}: {name}", name, row[columns[0]] if columns else "", split, row)
+            for name, row in read_table(path, ("name",)).items()]
+
+
+def _without_extensions(rows: list[LabelRow], files: Collection[str]) -> list[LabelRow]:
+    """The rows whose names are those of clip files (a.mp4) by the names that the features have (a).
+
+    Raises PipelineError where two rows so become one clip.
+    """
+    def bare(name: str) -> str:
+        clip = Path(name)
+        return clip.stem if name not in files and clip.stem in files and clip.suffix.lower() in MEDIA else name
+
+    counts = Counter(bare(row.name) for row in rows)
+    for row in rows:
+        if counts[bare(row.name)] > 1:
+            raise PipelineError(f"{row.where}: the clip {bare(row.name)} occurs twice, with and without an extension")
+    return [replace(row, name=bare(row.name)) for row in rows]
+
+
+def _entry(row: LabelRow, label: str) -> Entry:
+    if not row.name.isprintable():
+        raise PipelineError(f"{row.where!r}: not a clip's name")
+    split, asked = row.split, row.cells.get("split")
+    if asked:
+        if asked.casefold() not in SPLITS:
+            raise PipelineError(f"{row.where}: found split {asked!r}, expected train, test or unlabelled (folds for "
                                 f"validation are cut from train: call such rows train, or leave them out)")
-        split = SPLITS[row["split"]]
+        split = SPLITS[asked.casefold()]
     if split == "labelled" and not label:
-        raise PipelineError(f"{where}: a clip to train on without a label; give it one, or the split unlabelled")
-    if label and classes is not None:
-        label = known_label(label, classes, where)
-    transcript = row.get("transcript") or row.get("chinese", "")
-    return Entry(name, "", split, label, transcript, row.get("group", ""))
+        raise PipelineError(f"{row.where}: a clip to train on without a label; give it one, or the split unlabelled")
+    transcript = row.cells.get("transcript") or row.cells.get("chinese", "")
+    return Entry(row.name, "", split, label, transcript, row.cells.get("group", ""))
 
 
 # ---------------------------------------------------------------- the folder's files
@@ -132,14 +166,20 @@ def write_data(request: Request, entries: list[Entry], target: Path) -> None:
                                 f"{shown([path.name for path in files.values()])}")
         absent.append(set(write_features(target / "features" / name, name, clip_ids, files)))
         if absent[-1]:
-            print(f"import_features: {len(absent[-1])} of {len(clip_ids)} clips are absent from {name}")
+            print(f"import-features: {len(absent[-1])} of {len(clip_ids)} clips are absent from {name}")
     if everywhere := sorted(set.intersection(*absent)):
-        print(f"warning: import_features: {len(everywhere)} clips are absent from every modality, and can only be "
+        print(f"warning: import-features: {len(everywhere)} clips are absent from every modality, and can only be "
               f"guessed: {shown(everywhere)}", file=sys.stderr)
-    write_manifest((Clip(e.clip_id, "", e.split, e.label if e.split == "labelled" else "", e.transcript, e.group, None,
-                         0, "") for e in entries), target / "data/manifest.csv")
+    clips = [Clip(e.clip_id, "", e.split, e.label if e.split == "labelled" else "", e.transcript, e.group, None, 0, "")
+             for e in entries]
+    write_manifest(clips, target / "data/manifest.csv")
     truth = [(e.clip_id, e.label) for e in entries if e.split != "labelled" and e.label]
     write_rows(target / "data/truth.csv", ["clip_id", "label"], truth)
+    stores = [Store(target / "features" / name) for name in request.features]
+    content = zip(*(store.digests for store in stores), strict=True)
+    compared = [clip if clip.clip_id in everywhere else replace(clip, digest=b"".join(digests).hex())
+                for clip, digests in zip(clips, content, strict=True)]
+    report_duplicates(request.labels, find_duplicates(compared, dict(truth)), target / "data/duplicates.csv")
 
 
 def make_params(values: Any, classes: Sequence[str], modalities: Sequence[str], unlabelled: bool) -> CommentedMap:
@@ -230,15 +270,15 @@ def import_features(request: Request) -> None:
     (request.folder / ".gitignore").write_text(IGNORED)
     p = load_fusion(own)
     counts = ", ".join(f"{sum(entry.split == split for entry in entries)} {split}" for split in ORDER)
-    print(f"import_features: {counts} clips; classes {', '.join(p.corpus.labels)}; the fusion uses "
+    print(f"import-features: {counts} clips; classes {', '.join(p.corpus.labels)}; the fusion uses "
           f"{', '.join(p.fusion.modalities)} ({own})\nNow: cd {request.folder} && dvc repro")
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def parse() -> Request:
-    parser = argparse.ArgumentParser(prog="mer import-features",
+def parse(arguments: Sequence[str]) -> Request:
+    parser = argparse.ArgumentParser("mer import-features", allow_abbrev=False,
                                      description="Feature files and labels into a folder where dvc repro starts at the "
                                                  "fusion")
     parser.add_argument("folder", type=Path, help="the folder to make, in the repository")
@@ -249,7 +289,7 @@ def parse() -> Request:
                         help="clips that have features but no row in a CSV (error)")
     parser.add_argument("--max-missing", type=float, default=0.1, metavar="SHARE",
                         help="of the clips that may lack a file in a modality (0.1)")
-    values = parser.parse_args()
+    values = parser.parse_args(arguments)
     features: dict[str, Path] = {}
     for pair in values.features:
         name, _, folder = pair.partition("=")
@@ -260,9 +300,9 @@ def parse() -> Request:
     return Request(values.folder, features, values.labels, values.test, values.unlisted, values.max_missing)
 
 
-def main() -> None:
-    import_features(parse())
+def main(arguments: Sequence[str]) -> None:
+    import_features(parse(arguments))
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from stages.corpora.folders import SHOWN, escaped, what_is
+from stages.encoders.pooling import pooled_row
 from stages.engine.errors import PipelineError, one_line
-from stages.engine.store import Row, feature_row, write_index, write_shard
+from stages.engine.store import Row, write_index, write_shard
 
 SAMPLE = 101  # files whose majority says what shape the others must have
 SHARD_SIZE = 1024  # clips
@@ -35,9 +37,20 @@ def feature_files(folder: Path) -> dict[str, Path]:
     """Clip name -> its file, sorted by name. Raises PipelineError for a missing folder or one without .npy files."""
     if not folder.is_dir():
         raise PipelineError(f"{folder}: no such folder; expected one .npy per clip there")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix == ".npy" and path.name[0] != "."}
+    files = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.suffix.lower() == ".npy":
+            if kind := what_is(path):  # a pipe would be waited for without an end
+                raise PipelineError(f"{escaped(path)}: a {kind}, expected a file")
+            if path.stem in found:
+                raise PipelineError(f"{path}: {found[path.stem].name} is there too; expected one file a clip")
+            found[path.stem] = path
     if not found:
-        raise PipelineError(f"{folder}: no .npy files; expected one per clip, named after it")
+        others = sorted({path.suffix or path.name for path in files})
+        found_instead = f" (found {', '.join(others[:SHOWN])})" if others else ""
+        raise PipelineError(f"{folder}: no .npy files{found_instead}; expected "
+                            f"one per clip, named after it, as numpy.save writes them")
     return found
 
 
@@ -79,7 +92,7 @@ def read_row(clip_id: str, path: Path | None, layout: Layout) -> Row:
     if array.ndim != layout.axes or array.shape[-1] != layout.dimension:
         raise PipelineError(f"{path}: found shape {array.shape}, expected {layout} as in most files of the folder")
     with np.errstate(over="ignore"):
-        row = feature_row(clip_id, array if layout.axes == 2 else array[None], False, layout.axes == 2)
+        row = pooled_row(clip_id, array if layout.axes == 2 else array[None], False, layout.axes == 2)
     if not all(np.isfinite(statistic).all() for statistic in (row.mean, row.var) if statistic is not None):
         raise PipelineError(f"{path}: holds numbers too large for float32")
     return row
@@ -89,16 +102,19 @@ def write_features(out: Path, name: str, clip_ids: Sequence[str], files: Mapping
     """Write the feature store of one modality over these clips; returns the clips that are absent from it."""
     layout = common_layout([files[clip_id] for clip_id in clip_ids if clip_id in files])
     attributes = {"extractor": name, "encoder": "npy", "checkpoint": "", "revision": "", "dtype": "float32",
-                  "dimension": layout.dimension, "variance": layout.axes == 2}
-    absent, names = [], []
+                  "dimension": layout.dimension, "variance": layout.axes == 2, "folds": 1, "leaky": False}
+    absent, digests = [], []
+    fingerprints: dict[str, str] = {}
     with tqdm(total=len(clip_ids), desc=f"import {name}", unit="clip", mininterval=1) as bar:
         for number, rows in enumerate(_shards(clip_ids, files, layout)):
-            content = hashlib.blake2b(b"".join(row.digest for row in rows), digest_size=16).hexdigest()
-            names.append(f"shard-{number:05d}.h5")
-            write_shard(out / names[-1], "features", rows, {**attributes, "fingerprint": content})
+            digests += [row.digest for row in rows]
+            content = hashlib.blake2b(b"".join(digests[-len(rows):]), digest_size=16).hexdigest()
+            name = f"shard-{number:05d}.h5"
+            write_shard(out / name, "features", rows, {**attributes, "fingerprint": content})
+            fingerprints[name] = content
             absent += [row.clip_id for row in rows if not row.present]
             bar.update(len(rows))
-    write_index(out, names)
+    write_index(out, fingerprints, digests)
     return absent
 
 

@@ -9,31 +9,32 @@ One row per clip: the label, its probabilities, every modality's attention and p
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from stages.corpora.folders import escaped
 from stages.engine.errors import PipelineError, run_stage
 
-DECIMALS = 8  # all that float32 knows
+DECIMALS = 8  # float32 has no more
 
 if TYPE_CHECKING:
     from stages.inference.predictor import Prediction
     from stages.inference.trained import Trained
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("mer predict", description="Emotions of new clips.",
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("mer predict", description="Emotions of new clips, by the trained ensemble",
                                      allow_abbrev=False)
     parser.add_argument("clips", nargs="+", metavar="CLIP_OR_FOLDER")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write the rows there, whole or not at all")
     parser.add_argument("--transcript", metavar="TEXT", help="what is said in the one clip")
     parser.add_argument("--transcripts", type=Path, metavar="CSV", help="columns name,transcript; the others are "
                         "recognised if transcribe.checkpoint is set, else they go without")
-    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="what `make release` wrote; else the models here")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="what `mer release` wrote; else the models here")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; else runtime.device of params.yaml")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def load_trained(bundle: Path | None, device: str | None) -> "Trained":
@@ -76,7 +77,7 @@ def row(prediction: "Prediction", labels: list[str]) -> list[object]:
         shown = [labels[prediction.probabilities.argmax()], *probabilities, max(probabilities), prediction.votes,
                  *prediction.attention.astype(float).round(DECIMALS).tolist()]
     present = ["true" if found else "false" for found in prediction.present]
-    return [prediction.clip, *shown, *present, prediction.transcript, " ".join(prediction.ranking or []),
+    return [escaped(prediction.clip), *shown, *present, prediction.transcript, " ".join(prediction.ranking or []),
             prediction.reason]
 
 
@@ -89,8 +90,8 @@ def opened(out: Path | None) -> Iterator[IO[Any]]:
         yield file
 
 
-def main() -> None:
-    asked = arguments()
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(arguments)
     from tqdm import tqdm
 
     from stages.inference.clips import find_clips
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

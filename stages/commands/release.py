@@ -1,9 +1,12 @@
 """The trained system as one folder for other machines, models/release (stages/inference/bundle.py says what is in it).
 
-    make release
+    mer release
     mer predict --bundle models/release CLIP_OR_FOLDER ...
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages.engine.errors import run_stage
@@ -15,7 +18,9 @@ OUT = Path("models/release")
 METRICS = Path("reports/metrics.json")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    argparse.ArgumentParser("mer release", description=f"The trained models and all that they need, in {OUT}",
+                            allow_abbrev=False).parse_args(arguments)
     trained = trained_here()
     card = render_card(trained, read_metrics(METRICS))
     size = write_bundle(OUT, trained, METRICS, card)
@@ -23,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

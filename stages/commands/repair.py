@@ -1,28 +1,30 @@
-"""Forget a damaged store wherever it is kept, so that `dvc repro` makes it anew.
+"""Remove what is damaged of a store, wherever it is kept, so that `dvc repro` makes it anew.
 
     mer repair features/hubert && dvc repro
+    mer repair --retry data/audio && dvc repro     # another try for clips whose decoder died or took too long
 
 A shard may lie in three places, as one file linked or as copies: the out folder, .cache/parts and DVC's cache. DVC
 trusts its cache unseen: when only the out folder is removed, it brings the damaged file back, and even `dvc repro -f`
-leaves it in the cache. So every cached file of the folder is compared with its checksum, and every finished part of
-its stage is read; what is damaged is removed, and so is the folder. DVC then restores it from a sound cache or runs the
-stage, which makes the missing parts.
+leaves it in the cache. So every shard of the folder and every finished part of its stage is read whole, and every
+cached file of the folder is compared with its checksum. What was read and found wrong is removed, and nothing else;
+what can't be read just now stops the repair. DVC then restores the rest from a sound cache or runs the stage, which
+makes the missing parts.
 """
 
-import hashlib
+import argparse
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.engine.dvc_cache import cache_folder, cached
 from stages.engine.errors import PipelineError, run_stage
-from stages.engine.extraction import part_fingerprint
+from stages.engine.files import file_digest
 from stages.engine.fingerprint import PARTS
 from stages.engine.params import read_yaml
-from stages.engine.store import INDEX, check_shard
+from stages.engine.store import INDEX, check_shard, read_head, read_index
+from stages.engine.work import part_fingerprint
 
 
 def outs_around(folder: Path) -> list[tuple[str, str, str]]:
@@ -32,54 +34,85 @@ def outs_around(folder: Path) -> list[tuple[str, str, str]]:
     return [out for out in outs if folder.is_relative_to(out[1]) and ".dir" in out[2]]
 
 
-def cached_files(folder: Path, cache: Path) -> Iterator[Path]:
-    """Where DVC's cache keeps the files of the folder, and the listing that names them."""
+def cached_files(folder: Path, cache: Path) -> Iterator[tuple[str, Path]]:
+    """(name in the folder, place in DVC's cache) of the folder's files, and of the listing that names them ("")."""
     for _, path, md5 in outs_around(folder):
         listing = cached(cache, md5)
-        yield listing
+        yield "", listing
         if not listing.exists() or is_damaged(listing):
             continue
         for entry in json.loads(listing.read_text()):
             if Path(path, entry["relpath"]).is_relative_to(folder):
-                yield cached(cache, entry["md5"])
+                yield Path(entry["relpath"]).name, cached(cache, entry["md5"])
 
 
-def damaged_parts(folder: Path) -> Iterator[Path]:
-    """Finished parts of the folder's stage that can't be read; of every stage where dvc.lock does not know it."""
-    for name in [name for name, _, _ in outs_around(folder)] or ["*"]:
-        for part in sorted(PARTS.glob(f"{name}/*/*.h5")):
-            try:
-                check_shard(part, part_fingerprint(part.parent.name, part))
-            except PipelineError:
-                yield part
+def parts(folder: Path) -> list[Path]:
+    """Finished parts of the folder's stage; of every stage where dvc.lock does not know it."""
+    names = [name for name, _, _ in outs_around(folder)] or ["*"]
+    return sorted(part for name in names for part in PARTS.glob(f"{name}/*/*.h5"))
 
 
 def is_damaged(path: Path) -> bool:
     """Whether a file of DVC's cache differs from the checksum that is its name; a missing one does not."""
-    if not path.exists():
+    return path.exists() and file_digest(path, "md5") != path.parent.name + path.stem
+
+
+def damaged(folder: Path, cache: Path) -> list[Path]:
+    """What is there of the store and is not as it was written. Raises OSError for what can't be read just now."""
+    found = [path for _, path in cached_files(folder, cache) if is_damaged(path)]
+    found += [part for part in parts(folder) if not _is_whole(part, part_fingerprint(part.parent.name, part))]
+    try:
+        shards = read_index(folder)["shards"] if folder.exists() else {}
+    except PipelineError:
+        return [*found, *(path for path in (folder / INDEX,) if path.exists())]
+    inside = sorted(folder.glob("shard-*.h5"))
+    return found + [path for path in inside if not _is_whole(path, shards.get(path.name, "of no shard of the store"))]
+
+
+def _is_whole(path: Path, fingerprint: str) -> bool:
+    try:
+        check_shard(path, fingerprint)
+    except PipelineError:
         return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.stem
+    return True
 
 
-def forget(folder: Path, cache: Path) -> list[Path]:
-    """Remove the folder, and the damaged files that DVC's cache and .cache/parts hold for it; returns the latter."""
-    damaged = [path for path in cached_files(folder, cache) if is_damaged(path)] + [*damaged_parts(folder)]
-    for path in damaged:
-        path.unlink()
-    if folder.exists():
-        shutil.rmtree(folder)
-    return damaged
+def to_retry(folder: Path, cache: Path) -> list[Path]:
+    """The shards with clips that are absent since their decoder died, in all three places.
+
+    Raises PipelineError for a shard that is damaged.
+    """
+    shards = read_index(folder)["shards"]
+    names = {name for name in shards if _has_died(folder / name, shards[name])}
+    old = [part for part in parts(folder) if _has_died(part, part_fingerprint(part.parent.name, part))]
+    return [*(folder / name for name in names), *old, *(path for name, path in cached_files(folder, cache)
+                                                        if name in names and path.exists())]
 
 
-def main() -> None:
-    folder = Path(os.path.relpath(Path(*sys.argv[1:])))  # as dvc.lock names it
+def _has_died(path: Path, fingerprint: str) -> bool:
+    return any(row.died for row in read_head(path, fingerprint).rows)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("mer repair", description="Remove what is damaged of a store, so that dvc repro "
+                                     "makes it anew", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the store, such as data/audio or features/hubert")
+    parser.add_argument("--retry", action="store_true", help="remove the shards with clips whose decoder died or took "
+                        "too long, so that they are tried again (after raising runtime.clip_timeout_seconds, say)")
+    asked = parser.parse_args(arguments)
+    folder = Path(os.path.relpath(asked.folder))  # as dvc.lock names it
     if not outs_around(folder) and not (folder / INDEX).exists():
         raise PipelineError(f"{folder}: expected a store's folder as params and messages name it, such as data/audio")
-    damaged = forget(folder, cache_folder())
-    print(f"repair: removed {folder} and {len(damaged)} damaged files of DVC's cache and .cache/parts; "
-          f"now run dvc repro")
+    cache = cache_folder()
+    found = (to_retry if asked.retry else damaged)(folder, cache)
+    for path in found:
+        path.unlink(missing_ok=True)
+    what = "with clips whose decoder died" if asked.retry else "damaged"
+    if found:
+        print(f"repair: removed {len(found)} files {what} of {folder}, DVC's cache and .cache/parts; now run dvc repro")
+    else:
+        print(f"repair: found nothing {what} in {folder}, DVC's cache or .cache/parts; nothing was removed")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

@@ -1,7 +1,7 @@
 """The paper's Tables 1 and 2 on the current corpus, ours beside the paper's figures, in reports/tables.md.
 
-    make tables                                   # every row
-    mer tables hubert clip       # some rows; `--help` lists them
+    mer tables                 # every row
+    mer tables hubert clip     # some rows; `mer tables --help` lists them
 
 Each row is one `dvc exp run` of the experiment tables-<row>-<key>: params.yaml as it stands but for what the row
 names. Afterwards params.yaml is put back byte for byte and `dvc repro` brings the workspace's own results back from the
@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,21 +242,22 @@ def render(found: Mapping[str, Any], adapter: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     rows = {row.name: row for row in (*TABLE_1, *TABLE_2)}
-    parser = argparse.ArgumentParser(prog="mer tables", description="The paper's tables")
+    parser = argparse.ArgumentParser("mer tables", allow_abbrev=False,
+                                     description=f"The paper's Tables 1 and 2 on the current corpus, in {OUT}")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which rows to run, of: {', '.join(rows)} (all)")
-    names = parser.parse_args().rows or list(rows)
+    names = parser.parse_args(arguments).rows or list(rows)
     if unknown := sorted(set(names) - set(rows)):
         raise PipelineError(f"{', '.join(unknown)}: no such row, expected some of {', '.join(rows)}")
     p = load()
     found = collect([rows[name] for name in names])
     if not found:
-        raise PipelineError(f"params.yaml: has not the features that {', '.join(names)} would need")
+        raise PipelineError(f"params.yaml: lacks the features that {', '.join(names)} would need")
     with replacing(OUT) as file:
         file.write(render(found, p.corpus.adapter))
     print(f"\n{OUT.read_text(encoding='utf-8')}\n{OUT}")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, sys.argv[1:])

@@ -8,7 +8,8 @@ video-unlabeled-with-test2noise/: 115,595 clips; those in candidate_20000.csv (n
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.corpora.layout import Entry, label_column, media_files, read_table, require_same, transcript_column
+from stages.corpora.layout import Entry, label_column, media_files, require_same, transcript_column
+from stages.corpora.tables import read_table
 
 
 def read(root: Path, labels: Sequence[str]) -> list[Entry]:

@@ -5,13 +5,19 @@ subtitle_chieng.csv (name, chinese, english)."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.corpora.layout import Entry, label_column, media_files, read_table, require_same, transcript_column
+from stages.corpora.layout import Entry, label_column, media_files, require_same, transcript_column
+from stages.corpora.tables import read_table
 
 
 def read(root: Path, labels: Sequence[str]) -> list[Entry]:
     """Every clip of the corpus. Raises PipelineError naming what is missing or contradictory."""
+    return read_tables(root, labels, "track1_train_disdim.csv", "track_all_candidates.csv")
+
+
+def read_tables(root: Path, labels: Sequence[str], train: str, scored_names: str) -> list[Entry]:
+    """The same with the names of the two tables."""
     clips = media_files(root, "video")
-    label_file, candidates = root / "track1_train_disdim.csv", root / "track_all_candidates.csv"
+    label_file, candidates = root / train, root / scored_names
     label_of = label_column(label_file, labels)
     scored = read_table(candidates, ("name",))
     require_same(label_of, clips, label_file, root / "video", both=False)

@@ -6,7 +6,8 @@ Whisper was trained on, are cut into windows at the quietest moment near the end
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,18 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from stages.encoders.checkpoints import DTYPES, Dtype, read_json, resolve
-from stages.encoders.heads import load_part, load_with_head
+from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, read_json, resolve
+from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError, Skip
+from stages.engine.params import Runtime, Transcribe
+from stages.engine.store import Row
 
 WINDOW_SECONDS = 30
 SEARCH_SECONDS = 5  # the quietest moment is looked for in this last part of a window
 QUIET_SECONDS = 0.1  # over which loudness is measured; nothing shorter holds a word
-FRAMES_PER_SECOND = 50  # of wav2vec2's kin and of Whisper, for the memory estimate
+FRAMES_PER_SECOND = 50  # of wav2vec2's family and of Whisper, for the memory estimate
 
-# Speech-to-text families whose generate() needs the audio alone; the others want a prompt of their own making.
+# Speech-to-text families whose generate() needs the audio alone; the others need a prompt, each in a form of its own.
 SEQ2SEQ = ("whisper", "speech_to_text", "speech-encoder-decoder", "moonshine")
 
 
@@ -35,6 +38,19 @@ class Config:
     revision: str | None
     language: str | None  # for checkpoints that take one; the others ignore it
     dtype: Dtype
+
+
+def recognise_work(transcribe: Transcribe, read: Callable[[Any], Any], runtime: Runtime) -> Encode:
+    """The engine's work that recognises what `read` gives for a clip's item; its rows hold the texts."""
+    return Encode(partial(_make, config=Config(**transcribe.model_dump())), read, _text_row, runtime)
+
+
+def _make(device: str, config: Config) -> "Recognizer":
+    return Recognizer(config, device)
+
+
+def _text_row(_: Any, clip_id: str, text: str) -> Row:
+    return Row(clip_id, values=text)
 
 
 class Recognizer:
@@ -54,7 +70,7 @@ class Recognizer:
             raise PipelineError(f"checkpoint {name}: found model_type {self._family!r}, expected one of {known}")
         self._checkpoint, self._dtype, self._device = name, DTYPES[config.dtype], device
         head = "AutoModelForCTC" if self._is_ctc else "AutoModelForSpeechSeq2Seq"
-        self._model = load_with_head(head, folder, name, self._dtype, device)
+        self._model = load_model(head, folder, name, self._dtype).to(device)
         self._features = load_part("AutoFeatureExtractor", folder, name)
         self._tokenizer = load_part("AutoTokenizer", folder, name)
         self.sample_rate: int = self._features.sampling_rate  # Hz

@@ -20,14 +20,13 @@ from torch.nn import functional
 from stages.encoders.checkpoints import (
     DTYPES,
     Dtype,
-    fill,
     hidden_state_entries,
-    load_auto_model,
-    one_line,
+    load_model,
+    load_part,
     read_json,
     resolve,
 )
-from stages.engine.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip, one_line
 
 # Masked language models' sentence head: no part of the token features
 _UNUSED = ("pooler.",)
@@ -55,6 +54,7 @@ class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per token in a batch."""
 
     padded, concurrent = True, True
+    variance = True  # over time is a feature
 
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)
@@ -159,16 +159,11 @@ class _Other:
     """Any text model that transformers runs with its own code."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], config: Config, device: str) -> None:
-        from transformers import AutoTokenizer
-
         name = config.checkpoint
         if settings.get("is_encoder_decoder"):
             raise PipelineError(f"checkpoint {name}: an encoder-decoder; expected a causal or masked language model")
-        self._model = load_auto_model(folder, name, DTYPES[config.dtype], _UNUSED).to(device)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # missing files, unknown classes and remote code share no base class
-            raise PipelineError(f"checkpoint {name}: no usable tokenizer: {one_line(error)}") from None
+        self._model = load_model("AutoModel", folder, name, DTYPES[config.dtype], _UNUSED).to(device)
+        self._tokenizer = load_part("AutoTokenizer", folder, name)
         inner = self._model.config.get_text_config()
         self._layers = hidden_state_entries(config.layers, inner.num_hidden_layers + 1, name)
         positions = getattr(inner, "max_position_embeddings", None) or config.max_tokens
@@ -227,7 +222,7 @@ class Decoder(nn.Module):
         total = torch.zeros((), device=ids.device)
         for index, state in enumerate(self.states(ids)):
             if index in self.layers_summed:
-                # the first device's, where load_decoder spread the layers
+                # on the first device, where load_decoder spread the layers
                 total = total + state.to(total.device, torch.float32)
         return total
 
@@ -304,35 +299,39 @@ def load_decoder(folder: Path, checkpoint: str, dtype: Dtype, device: str, layer
     A decoder too large for one GPU is spread over all visible ones. Raises PipelineError naming the key
     that config.json lacks, the tensor that is missing or misshapen, or the memory that is short.
     """
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     settings = read_json(folder / "config.json", checkpoint)
+
+    class Published(PreTrainedModel):  # gives the decoder's parameters the names that they have in the files
+        config_class = PreTrainedConfig
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.model = Decoder(settings, layers, checkpoint)
+            self.post_init()
+
     try:
         with torch.device("meta"):
-            decoder = Decoder(settings, layers, checkpoint)
+            empty = Published(PreTrainedConfig())
     except KeyError as error:
         raise PipelineError(f"checkpoint {checkpoint}: config.json lacks {error}") from None
-    places = _placement(decoder, checkpoint, DTYPES[dtype], device)
-
-    def place(parameter: str) -> str | int:
-        return next(where for module, where in places.items() if not module or parameter.startswith(f"{module}."))
-
-    fill(decoder, "model.", folder, checkpoint, DTYPES[dtype], place)
-    decoder.eval()
-    if len(places) > 1:
-        from accelerate import dispatch_model
-
-        dispatch_model(decoder, places, force_hooks=True)
-    return decoder
+    places = _placement(empty, checkpoint, DTYPES[dtype], device)
+    published = load_model(
+        Published, folder, checkpoint, DTYPES[dtype], config=PreTrainedConfig(), device_map=places
+    )
+    return published.model.requires_grad_(False)
 
 
-def _placement(decoder: Decoder, checkpoint: str, dtype: torch.dtype, device: str) -> dict[str, str | int]:
+def _placement(model: nn.Module, checkpoint: str, dtype: torch.dtype, device: str) -> dict[str, str | int]:
     """Module name -> device: everything on `device` where it fits, else shared out over the visible GPUs."""
-    need = sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
+    need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if not device.startswith("cuda") or need < 0.9 * torch.cuda.mem_get_info(device)[0]:
         return {"": device}
     from accelerate import infer_auto_device_map
 
     room = {gpu: int(0.85 * torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count())}
-    places = infer_auto_device_map(decoder, max_memory=room, no_split_module_classes=["_Layer"], dtype=dtype)
+    places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=["_Layer"], dtype=dtype)
     if "disk" in places.values():
         raise PipelineError(
             f"checkpoint {checkpoint}: needs {need / 2**30:.1f} GiB in {dtype}, the GPUs have "

@@ -61,7 +61,7 @@ def load_clip(checkpoint: str, revision: str | None, dtype: str, device: str) ->
         )
     except PipelineError:
         raise
-    except Exception as error:  # open_clip, torch, the hub and safetensors raise whatever they like
+    except Exception as error:  # open_clip's, torch's, the hub's and safetensors' errors share no base class
         raise PipelineError(f"checkpoint {checkpoint}: can't be loaded by open_clip: {one_line(error)}") from None
     model.requires_grad_(False).eval()
     _fuse_quick_gelu(model)
@@ -112,7 +112,7 @@ def _download(repository: str, revision: str | None) -> str:
 
 
 def _refuse_remote_code(checkpoint: str, config: Any) -> None:
-    """open_clip hands a configuration's tokenizer_kwargs to transformers, where trust_remote_code would do harm."""
+    """open_clip hands a configuration's tokenizer_kwargs to transformers, which trust_remote_code lets run code."""
     if isinstance(config, dict):
         if config.get("trust_remote_code"):
             raise PipelineError(f"checkpoint {checkpoint}: its configuration asks for remote code "
@@ -178,7 +178,7 @@ class Images:
     """JPEG bytes to a model's input, as its own preprocess_cfg says and with open_clip's own transform.
 
     Resizing and cropping stay on the CPU as bytes; scaling and normalising happen on the device, so a
-    quarter of the bytes travel. Thread-safe.
+    quarter of the bytes is copied there. Thread-safe.
     """
 
     def __init__(self, visual: Any):
@@ -200,7 +200,7 @@ class Images:
         return np.stack([self._decode(i, jpeg) for i, jpeg in enumerate(jpegs)])
 
     def _decode(self, index: int, jpeg: bytes) -> np.ndarray:
-        # OpenCV decodes to the same bytes as Pillow in two thirds of the time, but makes up what is cut off
+        # OpenCV decodes to the same bytes as Pillow in two thirds of the time, but accepts a file that is cut off
         whole = jpeg[:2] == JPEG_START and jpeg.rstrip(b"\0")[-2:] == JPEG_END
         pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), DECODE) if whole else None
         if pixels is None:
@@ -232,6 +232,7 @@ class ImageEncoder:
 
     padded = False  # a clip of any number of images may share a batch with others, or be cut
     concurrent = True
+    variance = True  # over a clip's images is a feature
 
     def __init__(self, visual: Any, features: Callable[[torch.Tensor], torch.Tensor], device: str, dtype: torch.dtype):
         self._images, self._features = Images(visual), features

@@ -8,9 +8,14 @@ length are unchanged. Past the depth D the prompts' outputs flow on. A clip's fe
 frames' projected, un-normalised features; logits = exp(logit_scale) * cosine with the labels' text features.
 
 Hooks on open_clip's own modules do all of it. With N = 0 it is plain zero-shot CLIP.
+
+train_emovclip trains prompts per fold. The encoder runs all folds' prompts over each frame: a clip gets one feature
+per fold [choice], so that fold f's fusion sees the features of fold f's prompts alone.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +28,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from stages.encoders.checkpoints import DTYPES, Dtype
+from stages.encoders.checkpoints import DTYPES, Dtype, read_json
 from stages.encoders.clip import ImageEncoder, load_clip
 from stages.engine.errors import PipelineError, one_line
+from stages.engine.fingerprint import checkpoint_digest
 
+TRAINED = "trained.json"  # what the prompts beside it were trained for
+MOST_FOLDS = 1000
 INIT_STD = 0.02  # of the prompts that no word initialises, as in ViFi-CLIP
 
 
@@ -39,10 +47,11 @@ class Prompts(nn.Module):
 
 
 class PromptedCLIP:
-    """A frozen open_clip model whose towers see prompts; `prompts` may be exchanged at any time."""
+    """A frozen open_clip model whose towers see `prompts`, or in a thread those that it has chosen by `using`."""
 
     def __init__(self, model: Any, prompts: Prompts):
-        self.model, self.prompts = model, prompts
+        self.model, self._prompts = model, prompts
+        self._chosen = threading.local()
         visual, text = model.visual, _text_tower(model)
         visual.ln_pre.register_forward_pre_hook(self._append)
         text.token_embedding.register_forward_hook(self._replace_words)
@@ -50,6 +59,23 @@ class PromptedCLIP:
             block.register_forward_pre_hook(partial(self._replace_last, layer))
         for layer, block in list(enumerate(text.transformer.resblocks))[1:]:
             block.register_forward_pre_hook(partial(self._replace_after_start, layer))
+
+    @property
+    def prompts(self) -> Prompts:
+        return getattr(self._chosen, "prompts", self._prompts)
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+
+    @contextmanager
+    def using(self, prompts: Prompts) -> Iterator[None]:
+        """Other prompts, in this thread only."""
+        self._chosen.prompts = prompts
+        try:
+            yield
+        finally:
+            del self._chosen.prompts
 
     # The hooks: (module, args) -> args. A block's first argument is its tokens (batch, length, width).
 
@@ -174,9 +200,31 @@ def _widths(model: Any) -> tuple[int, int]:
 # ---------------------------------------------------------------- extraction
 
 
+def trained_files(folder: Path, checkpoint: str, revision: str | None) -> list[Path]:
+    """Every fold's prompts in a folder that train_emovclip wrote; one file with emovclip.scope: all.
+
+    Raises PipelineError where the folder does not say what the prompts were trained for, or where that is another
+    checkpoint: a folder with other files, or another published name or revision.
+    """
+    trained = read_json(folder / TRAINED, str(folder))
+    digest = checkpoint_digest(checkpoint).hex()
+    ours = {"revision": revision, "digest": digest} | ({} if digest else {"checkpoint": checkpoint})
+    for key, value in ours.items():
+        if trained.get(key) != value:
+            raise PipelineError(f"{folder}: its prompts were trained for checkpoint {trained.get('checkpoint')}, {key} "
+                                f"{trained.get(key)!r}, but found {checkpoint}, {key} {value!r}; set it back, or run: "
+                                f"dvc repro train_emovclip")
+    folds = trained.get("folds")
+    if not isinstance(folds, int) or not 1 <= folds <= MOST_FOLDS:
+        raise PipelineError(f"{folder / TRAINED}: folds: found {folds!r}, expected 1 to {MOST_FOLDS}; run: dvc repro "
+                            f"train_emovclip")
+    names = ["all"] if trained.get("scope") == "all" else [f"fold-{fold}" for fold in range(folds)]
+    return [folder / f"{name}.safetensors" for name in names]
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Config:
-    """The CLIP checkpoint as in stages.encoders.clip, and a file that train_emovclip wrote."""
+    """The CLIP checkpoint as in stages.encoders.clip, and the folder that train_emovclip wrote."""
 
     checkpoint: Annotated[str, Field(min_length=1)]
     revision: str | None
@@ -185,9 +233,25 @@ class Config:
 
 
 class Encoder(ImageEncoder):
-    """One feature per frame under the given prompts; the mean over a clip's frames is its video feature."""
+    """(T, folds * E) float32 features, fold after fold; their mean over a clip's frames are its video features.
+
+    A frame is decoded and moved once for all folds. dimension: E.
+    """
+
+    variance = False  # over time; the paper's feature is the mean alone
 
     def __init__(self, config: Config, device: str):
         model, _ = load_promptable(config.checkpoint, config.revision, config.dtype, device)
-        prompted = PromptedCLIP(model, load_prompts(config.prompts, model).to(device))
-        super().__init__(model.visual, prompted.frame_features, device, DTYPES[config.dtype])
+        files = trained_files(Path(config.prompts), config.checkpoint, config.revision)
+        self._folds = [load_prompts(file, model).to(device) for file in files]
+        self._prompted = PromptedCLIP(model, self._folds[0])
+        self.folds, self.leaky = len(files), files[0].stem == "all"
+        super().__init__(model.visual, self._every_fold, device, DTYPES[config.dtype])
+        self.dimension //= self.folds
+
+    def _every_fold(self, frames: torch.Tensor) -> torch.Tensor:
+        found = []
+        for fold in self._folds:
+            with self._prompted.using(fold):
+                found.append(self._prompted.frame_features(frames))
+        return torch.cat(found, dim=1)

@@ -7,6 +7,7 @@ the prompts, their gradients, the loss and the optimiser stay float32. Pure: no 
 """
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -16,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torchvision.transforms import v2
 
 from stages.encoders.clip import Images
 from stages.encoders.emovclip import PromptedCLIP, video_features
 
 CROP_AREA = 0.9  # smallest part of the image that a crop keeps: open_clip's own training default
 JITTER = 0.2  # brightness, contrast and saturation change by up to this
-GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue
 BETAS = (0.9, 0.98)  # CLIP's and ViFi-CLIP's
 AHEAD = 2  # batches decoded ahead
+DRAWING = threading.Lock()
 PIECES = 8  # of a batch, for as many threads
 SAVED_VALUES = 11  # per token and channel that a block keeps for backward: norms, qkv, attention, MLP; measured
 
@@ -70,6 +73,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             clip.prompts.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
         )
+        self.scheduler = schedule(self.optimizer, recipe.warmup_epochs * self.steps, recipe.epochs * self.steps)
+        self.augmentation = augmentation(images.size)
         # float16 gradients underflow without a scale; bfloat16 and float32 need none
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -80,9 +85,9 @@ class Trainer:
         rows = [order[i : i + self.recipe.batch_size] for i in range(0, len(order), self.recipe.batch_size)]
         picks = [[segments(self.train.counts[row], self.recipe.frames, rng) for row in batch] for batch in rows]
         total = torch.zeros((), device=self.device)
-        for step, (batch, pixels) in enumerate(self._decoded(self.train, rows, picks)):
-            self._set_learning_rate(self.epoch * self.steps + step)
-            total += self._step(augment(pixels, rng), batch) * len(batch)
+        for batch, pixels in self._decoded(self.train, rows, picks):
+            varied = augment(pixels, self.augmentation, int(rng.integers(2**63)))
+            total += self._step(varied, batch) * len(batch)
         self.epoch += 1
         return float(total) / len(order)
 
@@ -94,19 +99,13 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.scheduler.step()
         return loss.detach()
 
     def _video(self, pixels: torch.Tensor) -> torch.Tensor:
         clips, frames = pixels.shape[:2]
         features = self.clip.frame_features(self.images.normalise(pixels.flatten(0, 1)).to(self.dtype))
         return video_features(features.unflatten(0, (clips, frames)))
-
-    def _set_learning_rate(self, step: int) -> None:
-        rate = self.recipe.learning_rate * schedule(
-            step, self.recipe.warmup_epochs * self.steps, self.recipe.epochs * self.steps
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
 
     def predict(self, clips: Clips) -> np.ndarray:
         """(n, labels) float32 logits of each clip's middle-of-segment frames, without augmentation."""
@@ -148,7 +147,9 @@ class Trainer:
             tensors[name] = parameter.detach().cpu().clone()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{name}.{key}"] = value.cpu().clone()
-        return tensors, {"epoch": self.epoch, "scaler": self.scaler.state_dict()}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return tensors, {"epoch": self.epoch, "rates": rates, "schedule": self.scheduler.state_dict(),
+                         "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
@@ -162,7 +163,10 @@ class Trainer:
                     key: value.clone() if key == "step" else value.to(self.device, copy=True)
                     for key, value in moments.items()
                 }
+        for group, rate in zip(self.optimizer.param_groups, values["rates"], strict=True):
+            group["lr"] = rate  # from which the schedule computes the next
         self.epoch = values["epoch"]
+        self.scheduler.load_state_dict(values["schedule"])
         self.scaler.load_state_dict(values["scaler"])
 
 
@@ -177,11 +181,12 @@ def training_bytes(model: Any, images: int) -> int:
     return images * blocks * tokens * channels * SAVED_VALUES * visual.conv1.weight.dtype.itemsize
 
 
-def schedule(step: int, warmup: int, total: int) -> float:
-    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, then half a cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> LRScheduler:
+    """The learning rate by step: 1/warmup of it, linearly up to all of it, then half a cosine down to 0 at `total`."""
+    decay = CosineAnnealingLR(optimizer, max(1, total - warmup))
+    if not warmup:
+        return decay
+    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1), decay], [warmup])
 
 
 def segments(count: int, wanted: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -193,40 +198,20 @@ def segments(count: int, wanted: int, rng: np.random.Generator | None = None) ->
     return np.minimum((np.arange(wanted) + inside) * count / wanted, count - 1).astype(np.int64)
 
 
-def augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A mild crop, a flip and colour jitter, one draw per clip: (B, T, 3, H, W) float32 in 0..1 to the same.
+def augmentation(size: Sequence[int]) -> v2.Compose:
+    """A mild crop that keeps the aspect ratio, a flip and colour jitter, to (height, width)."""
+    return v2.Compose([
+        v2.RandomResizedCrop(size, scale=(CROP_AREA, 1), ratio=(1, 1)),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(JITTER, JITTER, JITTER),
+    ])
 
-    The draws are made on the CPU, so that every device sees the same ones.
+
+def augment(pixels: torch.Tensor, transform: v2.Compose, seed: int) -> torch.Tensor:
+    """One draw for each clip's frames: (B, T, 3, H, W) float32 in 0..1 to the same. A seed's draws never vary.
+
+    torchvision draws from torch's global generator on the CPU, whatever the device: it is seeded, and as before after.
     """
-    clips, frames = pixels.shape[:2]
-
-    def per_clip(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(pixels.device)
-
-    side = np.sqrt(rng.uniform(CROP_AREA, 1, clips))
-    centre = rng.uniform(-1, 1, (2, clips)) * (1 - side)
-    flip = rng.choice([-1.0, 1.0], clips)
-    zero = np.zeros(clips)
-    affine = per_clip(np.stack([[side * flip, zero, centre[0]], [zero, side, centre[1]]]).transpose(2, 0, 1))
-    grid = functional.affine_grid(affine, [clips, 3, *pixels.shape[3:]], align_corners=False)
-    flat = pixels.reshape(clips, frames * 3, *pixels.shape[3:])  # a clip's frames share its grid
-    cropped = functional.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(pixels)
-    return colour_jitter(cropped, *(per_clip(factors) for factors in rng.uniform(1 - JITTER, 1 + JITTER, (3, clips))))
-
-
-def colour_jitter(
-    pixels: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
-) -> torch.Tensor:
-    """torchvision's ColorJitter, in this order, on (B, T, 3, H, W) in 0..1 with factors (B,) per clip; clamped once.
-
-    Brightness scales towards black, contrast towards the clip's mean grey, saturation towards each pixel's grey:
-    together one affine map of a pixel's three channels.
-    """
-    clips, frames = pixels.shape[:2]
-    grey = torch.tensor(GREY, device=pixels.device)
-    towards_grey = torch.eye(3, device=pixels.device).lerp(grey.expand(3, 3), (1 - saturation).view(-1, 1, 1))
-    matrix = (brightness * contrast).view(-1, 1, 1) * towards_grey
-    mean = pixels.mean((1, 3, 4)) @ grey
-    offset = ((1 - contrast) * brightness * mean).view(-1, 1, 1).expand(-1, 3, 1)
-    offset, matrix = (values.repeat_interleave(frames, 0) for values in (offset, matrix))
-    return torch.baddbmm(offset, matrix, pixels.reshape(clips * frames, 3, -1)).clamp_(0, 1).view_as(pixels)
+    with DRAWING, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return torch.stack([transform(clip) for clip in pixels])

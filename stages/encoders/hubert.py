@@ -1,4 +1,4 @@
-"""HuBERT and its kin: a clip's waveform -> (T, C) speech features at 50 Hz (paper section 3, chinese-hubert-large).
+"""HuBERT and its relatives: a waveform -> (T, C) speech features at 50 Hz (paper section 3: chinese-hubert-large).
 
 Features are the sum of chosen hidden states. Entry 0 is the input of the first transformer layer,
 entry i the output of layer i, and the last entry is taken AFTER the encoder's final layer norm (what
@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from stages.encoders.checkpoints import DTYPES, Dtype, hidden_state_entries, load_auto_model, read_json, resolve
+from stages.encoders.checkpoints import DTYPES, Dtype, hidden_state_entries, load_model, read_json, resolve
 from stages.engine.errors import PipelineError, Skip
 
 _FAMILIES = {"hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio"}
@@ -38,6 +38,7 @@ class Encoder:
     """dimension: C. unit_bytes: peak activation bytes per audio sample in a batch."""
 
     padded, concurrent = True, True
+    variance = True  # over time is a feature
 
     def __init__(self, config: Config, device: str) -> None:
         folder = resolve(config.checkpoint, config.revision)
@@ -50,12 +51,14 @@ class Encoder:
         self._normalize: bool = processor.get("do_normalize", True)
 
         # float32 first: the positional convolution's weight norm is folded at full precision
-        model = load_auto_model(folder, name, torch.float32, _UNUSED)
+        model = load_model("AutoModel", folder, name, torch.float32, _UNUSED)
         for module in model.modules():
             if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
                 torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
         self._model = model.to(device, DTYPES[config.dtype])
         self._dtype, self._device = DTYPES[config.dtype], device
+        if device.startswith("cpu") and self._dtype != torch.float32:
+            self._convolve_positions_in_float32()
         published = model.config
         self.dimension: int = published.hidden_size
         self._kernels = list(zip(published.conv_kernel, published.conv_stride, strict=True))
@@ -77,6 +80,14 @@ class Encoder:
         width = published.conv_dim[0] / published.conv_stride[0]
         self.unit_bytes: int = int(np.ceil(4 * width + 12 * self.dimension / self._stride)) * self._dtype.itemsize
         self._listen(config.layers, name)
+
+    def _convolve_positions_in_float32(self) -> None:
+        """On CPUs with AMX torch 2.15's bfloat16 convolution of 128 taps in groups gives entirely wrong numbers."""
+        for module in self._model.encoder.pos_conv_embed.modules():
+            if isinstance(module, torch.nn.Conv1d):
+                module.float()
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+                module.register_forward_hook(lambda _, __, output: output.to(self._dtype))
 
     def _listen(self, layers: list[int], name: str) -> None:
         """Hook the wanted hidden states, so that their sum is all that is kept; drop the layers above them."""
@@ -102,7 +113,7 @@ class Encoder:
         encoder.layers = encoder.layers[: max(max(wanted), 1)]
 
     def prepare(self, item: tuple[np.ndarray, int]) -> np.ndarray:
-        """Samples int16 (n,) and their rate in Hz -> float32 (m,) as the checkpoint wants them.
+        """Samples int16 (n,) and their rate in Hz -> float32 (m,) as the checkpoint expects them.
 
         Resampled to the checkpoint's rate unless resample is false, and normalised over the whole clip
         where its preprocessor_config says so. Raises Skip for a clip shorter than one feature frame.

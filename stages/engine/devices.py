@@ -99,10 +99,30 @@ def free_bytes(device: str) -> int:
 
 
 def batch_bytes(runtime: Runtime, device: str) -> int:
-    """Activations that one forward pass may take: runtime.batch_memory_mb, or by device.
+    """Activations that one forward pass may take, which decides which clips share a batch.
 
-    On a GPU at most half of its free memory. On a CPU little: there computing binds, and padding only costs.
+    On a CPU a fixed number, so that runtime changes no result: little, since there computing binds and padding only
+    costs. On a GPU half of its free memory, runtime.batch_memory_mb, or GPU_BATCH_BYTES, whichever is least: another
+    batching moves features in their seventh digit.
     """
-    if runtime.batch_memory_mb != "auto":
-        return runtime.batch_memory_mb << 20
-    return min(free_bytes(device) // 2, GPU_BATCH_BYTES) if device.startswith("cuda") else CPU_BATCH_BYTES
+    if not device.startswith("cuda"):
+        return CPU_BATCH_BYTES
+    return min(free_bytes(device) // 2, GPU_BATCH_BYTES, _given_bytes(runtime) or GPU_BATCH_BYTES)
+
+
+def lane_bytes(runtime: Runtime) -> int:
+    """Activations that all batches side by side on a CPU may take: runtime.batch_memory_mb, or half of its memory."""
+    return _given_bytes(runtime) or free_bytes("cpu")
+
+
+def _given_bytes(runtime: Runtime) -> int | None:
+    return None if runtime.batch_memory_mb == "auto" else runtime.batch_memory_mb << 20
+
+
+def device_name(device: str) -> str:
+    """What a shard says of the device that made it: cpu, or the GPU's name."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"cuda: {torch.cuda.get_device_name(device)}"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Condition, Thread
 from types import TracebackType
@@ -12,16 +13,27 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from stages.engine.devices import NARROW, batch_bytes, cores, free_bytes, lanes, pick_workers, set_threads
+from stages.engine.devices import (
+    NARROW,
+    batch_bytes,
+    cores,
+    device_name,
+    lane_bytes,
+    lanes,
+    pick_workers,
+    set_threads,
+)
 from stages.engine.errors import PipelineError, Skip, working_on
-from stages.engine.extraction import Input
 from stages.engine.params import Runtime
-from stages.engine.store import Row, Store, feature_row
+from stages.engine.store import Row
+from stages.engine.versions import ENCODERS, versions
+from stages.engine.work import Input, Shard
 
 T = TypeVar("T")
 Batch = list[tuple[int, np.ndarray]]  # index of the clip, all or some of its prepared input
 WINDOW_BYTES = 128 << 20  # prepared inputs that are sorted and batched together; fixed: timing changes no batch
 AHEAD_BYTES = 128 << 20  # prepared inputs that wait while the device computes
+RECORDED = {"dimension": 0, "variance": True, "folds": 1, "leaky": False}  # of an encoder, with what most have
 CPU_BATCHES = 8  # of a window, for its cores; a fixed number, so that results do not depend on how many cores there are
 
 
@@ -29,7 +41,9 @@ class Encoder(Protocol):
     """What an encoder offers; see stages/encoders/hubert.py for the shortest.
 
     Its module also has a Config, a pydantic dataclass of the keys that a row of `extractors` may have besides encoder,
-    input and keep_frames (checkpoint, revision and dtype among them), and Encoder(config, device).
+    input, depends_on and keep_frames (checkpoint, revision and dtype among them), and Encoder(config, device). What
+    RECORDED names may be given otherwise: `variance`, whether the variance over time is a feature; `folds`, how many
+    vectors of `dimension` a frame has, one for each fold; `leaky`, whether it has learned from every fold's labels.
     """
 
     dimension: int
@@ -45,7 +59,8 @@ class Encoder(Protocol):
 
 
 class Encode:
-    """Encoder work. `make(device)` gives the encoder, `read(item)` a clip's input, `row(clip_id, output)` its row.
+    """Encoder work: `make(device)` gives the encoder, `read(item)` a clip's input, `row(encoder, clip_id, output)` its
+    row.
 
     `waited`: seconds for which the device had nothing to do but to wait for decoding.
     """
@@ -54,7 +69,7 @@ class Encode:
         self,
         make: Callable[[str], Encoder],
         read: Callable[[Any], Any],
-        row: Callable[[str, Any], Row],
+        row: Callable[[Any, str, Any], Row],
         runtime: Runtime,
     ):
         self.make, self.read, self.row, self.runtime = make, read, row, runtime
@@ -63,7 +78,8 @@ class Encode:
 
     def open(self, device: str, workers: int | None = None) -> None:
         self._encoder = self.make(device)
-        self.attributes = {"dimension": self._encoder.dimension}
+        recorded = {name: getattr(self._encoder, name, value) for name, value in RECORDED.items()}
+        self.attributes = {"device": device_name(device), "versions": versions(ENCODERS), **recorded}
         self._budget = batch_bytes(self.runtime, device)
         self._concurrent = device == "cpu" and self._encoder.concurrent
         self._threads = workers or pick_workers(self.runtime)
@@ -71,17 +87,22 @@ class Encode:
     def close(self) -> None:
         del self._encoder
 
-    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
-        with Ahead(self._prepare, chunks, self._threads) as ahead:
-            for chunk in ahead:
-                yield self._shard(chunk, ahead)
+    def shards(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, list[Row]]]:
+        with Ahead(self._prepare, shards, self._threads) as ahead:
+            for shard in ahead:
+                yield shard, self._rows(shard.clips, ahead)
                 self.waited = ahead.waited
 
-    def _shard(self, chunk: Sequence[Input], ahead: "Ahead") -> list[Row]:
+    def rows(self, clips: Sequence[Input]) -> list[Row]:
+        """The rows of these clips, outside of any store."""
+        ((_, rows),) = self.shards([Shard(Path(), clips)])
+        return rows
+
+    def _rows(self, clips: Sequence[Input], ahead: "Ahead") -> list[Row]:
         rows: dict[str, Row] = {}
         window: list[tuple[str, np.ndarray]] = []
         held = 0
-        for clip in chunk:
+        for clip in clips:
             prepared = ahead.take()
             if not isinstance(prepared, np.ndarray):
                 rows[clip.clip_id] = Row(clip.clip_id, reason=prepared)
@@ -92,7 +113,7 @@ class Encode:
                 rows.update(self._encode(window))
                 window, held = [], 0
         rows.update(self._encode(window))
-        return [rows[clip.clip_id] for clip in chunk]
+        return [rows[clip.clip_id] for clip in clips]
 
     def _prepare(self, clip: Input) -> np.ndarray | str:
         """The prepared input, or the reason why there is none."""
@@ -106,7 +127,10 @@ class Encode:
 
     def _encode(self, window: list[tuple[str, np.ndarray]]) -> dict[str, Row]:
         outputs = self._outputs(window)
-        return {clip_id: self.row(clip_id, output) for (clip_id, _), output in zip(window, outputs, strict=True)}
+        return {
+            clip_id: self.row(self._encoder, clip_id, output)
+            for (clip_id, _), output in zip(window, outputs, strict=True)
+        }
 
     def _outputs(self, clips: list[tuple[str, np.ndarray]]) -> list[Any]:
         """The encoder's output for each (clip_id, prepared), in order."""
@@ -148,11 +172,14 @@ class Encode:
         return runs([prepared for _, prepared in clips], max(1, budget // encoder.unit_bytes))
 
     def _lane_count(self, todo: Sequence[Batch]) -> int:
-        """How many batches are computed side by side: no more than there are, and than memory has room for."""
+        """How many batches are computed side by side: no more than there are, and than memory has room for.
+
+        That is all that runtime.batch_memory_mb decides on a CPU: which clips share a batch it does not change.
+        """
         if not self._concurrent or len(todo) < 2:
             return 1
         largest = max(self._units([prepared for _, prepared in batch]) for batch in todo)
-        room = free_bytes("cpu") // (largest * self._encoder.unit_bytes)
+        room = lane_bytes(self.runtime) // (largest * self._encoder.unit_bytes)
         return max(1, min(cores(), len(todo), room))
 
     def _units(self, batch: Sequence[np.ndarray]) -> int:
@@ -175,19 +202,19 @@ class Encode:
 
 
 class Ahead:
-    """Chunks of clips, and each clip prepared by threads, in order.
+    """Shards, and each of their clips prepared by threads, in order.
 
-    The threads stop while AHEAD_BYTES of results wait to be taken. They don't stop between chunks.
+    The threads stop while AHEAD_BYTES of results wait to be taken. They don't stop between shards.
     """
 
-    def __init__(self, prepare: Callable[[Input], Any], chunks: Iterable[Sequence[Input]], threads: int):
+    def __init__(self, prepare: Callable[[Input], Any], shards: Iterable[Shard], threads: int):
         self.waited = 0.0  # seconds, in take
         self._prepare, self._threads = prepare, threads
-        self._queue: SimpleQueue[Any] = SimpleQueue()  # a chunk, a future for each of its clips, the next chunk ...
+        self._queue: SimpleQueue[Any] = SimpleQueue()  # a shard, a future for each of its clips, the next shard ...
         self._changed = Condition()
         self._held, self._running, self._closed = 0, 0, False
         self._pool = ThreadPoolExecutor(threads)
-        self._feeder = Thread(target=self._feed, args=(chunks,), daemon=True)
+        self._feeder = Thread(target=self._feed, args=(shards,), daemon=True)
 
     def __enter__(self) -> "Ahead":
         self._feeder.start()
@@ -200,11 +227,11 @@ class Ahead:
         self._feeder.join()
         self._pool.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[Sequence[Input]]:
-        while (chunk := self._queue.get()) is not None:
-            if isinstance(chunk, BaseException):
-                raise chunk
-            yield chunk
+    def __iter__(self) -> Iterator[Shard]:
+        while (shard := self._queue.get()) is not None:
+            if isinstance(shard, BaseException):
+                raise shard
+            yield shard
 
     def take(self) -> Any:
         """The next clip's result; raises what preparing it raised."""
@@ -217,11 +244,11 @@ class Ahead:
             self._changed.notify_all()
         return result
 
-    def _feed(self, chunks: Iterable[Sequence[Input]]) -> None:
+    def _feed(self, shards: Iterable[Shard]) -> None:
         try:
-            for chunk in chunks:
-                self._queue.put(chunk)
-                for clip in chunk:
+            for shard in shards:
+                self._queue.put(shard)
+                for clip in shard.clips:
                     with self._changed:
                         self._changed.wait_for(self._may_go_on)
                         if self._closed:
@@ -229,7 +256,7 @@ class Ahead:
                         self._running += 1
                     self._queue.put(self._pool.submit(self._run, clip))
             self._queue.put(None)
-        except BaseException as error:  # of `chunks`: raised where they are wanted
+        except BaseException as error:  # of `shards`: raised where they are wanted
             self._queue.put(error)
 
     def _may_go_on(self) -> bool:
@@ -245,40 +272,6 @@ class Ahead:
                 self._held += getattr(result, "nbytes", 0)
                 self._changed.notify_all()
         return result
-
-
-class StoreReader:
-    """Reads a clip's item from a store; one per process, opened on first use."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        self._store: Store | None = None
-
-    def __call__(self, clip_id: str) -> Any:
-        store = self._store = self._store or Store(self.folder)
-        value = store.read(clip_id)
-        return (value, int(store.attrs["sample_rate"])) if store.kind == "audio" else value
-
-
-def identity(item: Any) -> Any:
-    """Reads what is an encoder's input already."""
-    return item
-
-
-def store_inputs(folder: str) -> list[Input]:
-    """A store's clips, in order; each one's item is its id, for a StoreReader."""
-    store = Store(folder)
-    return [
-        Input(clip_id, clip_id, digest, absent=not present)
-        for clip_id, digest, present in zip(store.clip_ids, store.digests, store.present, strict=True)
-    ]
-
-
-def pooled_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: bool) -> Row:
-    """The row of (T, C) features. A clip whose features are not finite is left out, and says so."""
-    if not np.isfinite(features).all():
-        return Row(clip_id, reason="the encoder returned non-finite features; try dtype: float32")
-    return feature_row(clip_id, features, keep_frames, variance)
 
 
 def batches(items: Sequence[T], size: Callable[[T], int], unit_bytes: int, budget: int) -> Iterator[list[T]]:

@@ -1,20 +1,32 @@
-"""The two ways in which things go wrong.
+"""What can go wrong, and whose fault it is.
 
-PipelineError: the user must act; its text is one line that names the file or key, what was found
-and what is expected. Skip: one clip can't be used; the reason is recorded and the run goes on.
+PipelineError: the user must act; its text is one line that names the file or key, what was found and what is expected.
+Skip: one clip can't be used; the reason is recorded and the run goes on. Died: its decoder crashed or was stopped,
+which may be the machine's doing: the clip is tried once more. A fault of the machine (REMEDIES, no memory) says nothing
+about a clip: it is retried, then stops the stage, and is never recorded.
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # What the machine, not the program, must put right before the stage can go on
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
 REMEDIES |= {errno.EROFS: "make it writable"}
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
 REMEDIES |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network folder")
+REMEDIES |= dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "bring the file or folder back")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
+REMEDIES |= dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "free memory or processes")
+REMEDIES |= dict.fromkeys((errno.ENOLCK, errno.ENOTSUP), "mount it with locks")
+
+ATTEMPTS = 3  # at something that the machine keeps from working
+FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds between them
 
 
 class PipelineError(Exception):
@@ -23,6 +35,10 @@ class PipelineError(Exception):
 
 class Skip(Exception):
     """This clip can't be used; str(error) is the reason that reports/skipped.csv shows."""
+
+
+class Died(Skip):
+    """The clip's decoder crashed, was ended from outside or took too long."""
 
 
 def one_line(error: BaseException) -> str:
@@ -41,16 +57,44 @@ def working_on(what: str) -> Iterator[None]:
         raise
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a PipelineError, or a file that can't be written, is one line on stderr and exit code 1."""
+def is_machines(error: BaseException) -> bool:
+    """Whether the machine, not what is being read, is at fault: a file that is away, a disk, a limit, no memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in REMEDIES)
+
+
+def insist(call: Callable[[], T]) -> T:
+    """What `call` returns, tried ATTEMPTS times while the machine is at fault. Raises what the last attempt raised."""
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+    waits = wait_exponential(FIRST_WAIT, max=LONGEST_WAIT)
+    return Retrying(retry=retry_if_exception(is_machines), stop=stop_after_attempt(ATTEMPTS), wait=waits,
+                    reraise=True)(call)
+
+
+def describe(error: BaseException) -> str:
+    """A fault of the machine as the line that the user sees: the file, what is wrong, what to do."""
+    notes = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
+    else:
+        text = "no memory left; free some, or lower runtime.workers"
+    return f"{notes}{text}, then run it again (what was finished is kept)"
+
+
+def run_stage(main: Callable[..., None], *arguments: Any) -> None:
+    """Run the main of a stage or a command; a PipelineError, or a fault of the machine, is one line on stderr and exit
+    code 1; Ctrl-C is one line and exit code 130."""
     try:
-        main()
+        main(*arguments)
     except PipelineError as error:
         text = str(error)
-    except OSError as error:
-        if error.errno not in REMEDIES:
+    except (OSError, MemoryError) as error:
+        if not is_machines(error):
             raise
-        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}, then run dvc repro again"
+        text = describe(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None  # the exit code that shells give it
     else:
         return
     print(f"error: {text}", file=sys.stderr)

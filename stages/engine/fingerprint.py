@@ -1,4 +1,7 @@
-"""Fingerprints: whatever makes DVC rerun a stage changes its fingerprint too, so no stale part is ever reused."""
+"""Fingerprints: a hash of what dvc.yaml declares as changing a stage's result, and of nothing else.
+
+So whatever makes DVC rerun a stage changes its fingerprint too, and no stale part is ever reused.
+"""
 
 import hashlib
 import json
@@ -7,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.engine import version
 from stages.engine.errors import PipelineError
+from stages.engine.files import file_digest
 from stages.engine.params import read_yaml
 
+READ = {".safetensors", ".bin", ".json", ".txt", ".model", ".vocab", ".jinja"}
 PARTS = Path(".cache/parts")  # work in progress, of every stage in <stage>/<fingerprint>/: outside DVC's outs
 
 
 def stage_fingerprint(stage: str, extra: bytes = b"") -> str:
-    """Hash of what dvc.yaml declares for the stage: its tracked params and the bytes of its .py deps; and `extra`.
+    """Hash of what dvc.yaml declares for the stage: its tracked params, the bytes of its .py deps, and the constants of
+    engine/version.py that it names; and `extra`.
 
     `stage` is the name `dvc stage list` shows, e.g. `extract@hubert`. Raises PipelineError for an unknown stage.
     """
@@ -30,6 +37,10 @@ def stage_fingerprint(stage: str, extra: bytes = b"") -> str:
         entry = entry["do"]
     content = hashlib.blake2b(extra, digest_size=16)
     for declared in entry.get("params", []):
+        if isinstance(declared, dict):  # {file: names}
+            ((_, names),) = declared.items()
+            content.update(json.dumps([[name, getattr(version, name)] for name in names]).encode())
+            continue
         path = _resolve(declared, scope)
         content.update(json.dumps([path, _lookup(values, path)], sort_keys=True).encode())
     for declared in entry.get("deps", []):
@@ -49,14 +60,17 @@ def _lookup(values: Any, path: str) -> Any:
     return values
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """What loading reads of a checkpoint folder: weights and descriptions, never Python."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in READ and path.is_file()]
+
+
 def checkpoint_digest(checkpoint: str) -> bytes:
     """Digest of a checkpoint folder's files; empty for a published name, which its pinned revision identifies."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return b""
     content = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                content.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in checkpoint_files(folder):
+        content.update(str(path.relative_to(folder)).encode() + bytes.fromhex(file_digest(path)))
     return content.digest()

@@ -22,10 +22,31 @@ class Clip:
     group: str  # clips of one group never straddle folds
     duration: float | None  # seconds, None if the file can't be read
     bytes: int
-    digest: str  # SHA-256 of the file, hex
+    digest: str  # SHA-256 of the content, hex: of the file or, of a segment, of the file's digest, start and end
+    start: float | None = None  # seconds from the file's start, for a clip that is a segment of it
+    end: float | None = None
 
 
-COLUMNS = [field.name for field in fields(Clip)]
+@dataclass(frozen=True)
+class Segment:
+    """A part of a media file, in seconds from its start; end None: to the file's end."""
+
+    path: str
+    start: float = 0.0
+    end: float | None = None
+
+
+Source = str | Path | Segment  # what is decoded as one clip
+
+
+def source_of(clip: Clip, root: Path) -> str | Segment:
+    """Where the clip's media lie; root: corpus.path."""
+    path = str(root / clip.path)
+    return path if clip.start is None and clip.end is None else Segment(path, clip.start or 0.0, clip.end)
+
+
+SEGMENT = ["start", "end"]  # columns of a corpus with segments only
+COLUMNS = [field.name for field in fields(Clip) if field.name not in SEGMENT]
 
 
 def read_manifest(path: str | Path = "data/manifest.csv") -> list[Clip]:
@@ -41,13 +62,19 @@ def read_manifest(path: str | Path = "data/manifest.csv") -> list[Clip]:
             duration=float(row["duration"]) if row["duration"] else None,
             bytes=int(row["bytes"]),
             digest=row["digest"],
+            start=float(row["start"]) if row.get("start") else None,
+            end=float(row["end"]) if row.get("end") else None,
         )
         for row in read_rows(path, COLUMNS)
     ]
 
 
 def write_manifest(clips: Iterable[Clip], path: str | Path = "data/manifest.csv") -> None:
-    write_rows(path, COLUMNS, (["" if v is None else v for v in asdict(clip).values()] for clip in clips))
+    clips = list(clips)
+    segments = any(clip.start is not None or clip.end is not None for clip in clips)
+    columns = COLUMNS + SEGMENT if segments else COLUMNS
+    rows = (asdict(clip) for clip in clips)
+    write_rows(path, columns, (["" if row[column] is None else row[column] for column in columns] for row in rows))
 
 
 def read_folds(path: str | Path = "data/folds.csv") -> dict[str, int]:

@@ -42,7 +42,8 @@ class Labels(Section):
 
 
 class Corpus(Labels):
-    adapter: Literal["demo", "mer2024", "mer2023", "mer2025", "csv"]
+    adapter: Literal["demo", "mer2023", "mer2024", "mer2025", "mer2026", "meld", "iemocap", "cremad", "ravdess",
+                     "emodb", "csv"]
     path: str
     truth: str | None
     max_bad_fraction: Fraction
@@ -144,11 +145,17 @@ class Extractor(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     encoder: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     input: Literal["audio", "faces", "frames", "transcripts.csv", "rankings.jsonl"]
+    depends_on: str
     keep_frames: bool
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @property
+    def loads(self) -> dict[str, str]:
+        """The options that name what the encoder loads: a folder, or something published."""
+        return {key: value for key in ("checkpoint", "prompts") if isinstance(value := self.options.get(key), str)}
 
 
 class EmoVCLIP(Section):
@@ -167,7 +174,6 @@ class EmoVCLIP(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     label_smoothing: Probability
     seed: NonNegative
-    keep_frames: bool
 
 
 class Fusion(Section):
@@ -260,12 +266,9 @@ class Params(FusionParams):
 
     @model_validator(mode="after")
     def _modalities_exist(self) -> Self:
-        if "emovclip" in self.extractors:
-            raise ValueError("extractors.emovclip: the name is taken by the emovclip section; choose another")
-        known = {*self.extractors, "emovclip"}
         for name in self.fusion.modalities:
-            if name not in known:
-                raise ValueError(f"fusion.modalities: found {name!r}, expected some of {sorted(known)}")
+            if name not in self.extractors:
+                raise ValueError(f"fusion.modalities: found {name!r}, expected some of {sorted(self.extractors)}")
         return self
 
 

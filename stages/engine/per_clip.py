@@ -6,30 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from stages.engine.devices import pick_workers
-from stages.engine.errors import Skip, working_on
-from stages.engine.extraction import Input, Stage, extract
+from stages.engine.errors import Died, PipelineError, Skip, describe, working_on
+from stages.engine.extraction import write_store
 from stages.engine.fingerprint import stage_fingerprint
-from stages.engine.manifest import read_manifest
+from stages.engine.manifest import Source, read_manifest, source_of
 from stages.engine.params import Params
 from stages.engine.store import Row
+from stages.engine.versions import MEDIA, versions
+from stages.engine.work import Input, Shard, Target
 from stages.engine.workers import Workers
 
+Decode = Callable[[str, Source], Row]  # (clip_id, file or segment) -> its row; raises Skip
+HELD_CLIPS = 1024  # in shards that wait for a clip to be tried again: bounds the memory they take
 
-def extract_media(name: str, out: Path, kind: str, function: Callable[[str, str], Row], params: Params,
-                  attributes: Mapping[str, Any]) -> None:
-    """Write a media store: `function(clip_id, path) -> Row` over the manifest's clips, in worker processes."""
+
+def write_media_store(stage: str, out: Path, kind: str, function: Decode, params: Params,
+                      attributes: Mapping[str, Any]) -> None:
+    """Write a media store: `function(clip_id, source) -> Row` over the manifest's clips, in worker processes."""
     root = Path(params.corpus.path)
-    inputs = [Input(c.clip_id, str(root / c.path), bytes.fromhex(c.digest)) for c in read_manifest()]
-    stage = Stage(name, out, kind, attributes, stage_fingerprint(name))
+    inputs = [Input(c.clip_id, source_of(c, root), bytes.fromhex(c.digest)) for c in read_manifest()]
+    target = Target(stage, out, kind, attributes, stage_fingerprint(stage))
     runtime = params.runtime
-    extract(stage, inputs, PerClip(function, pick_workers(runtime), runtime.clip_timeout_seconds), params, ["cpu"])
+    work = PerClip(function, pick_workers(runtime), runtime.clip_timeout_seconds)
+    write_store(target, inputs, work, params, ["cpu"])
 
 
 class PerClip:
     """Media work: `function(clip_id, item) -> Row` in worker processes.
 
-    A clip whose decoder crashes or takes longer than `timeout` seconds costs that clip alone and is recorded.
-    `function` raises Skip(reason) for a clip it can't use.
+    `function` raises Skip(reason) for a clip it can't use. A clip whose decoder crashes or takes longer than `timeout`
+    seconds is tried once more, alone, after all others; should it die again, it is absent, with the reason. A fault of
+    the machine stops the stage.
     """
 
     def __init__(self, function: Callable[[str, Any], Row], workers: int, timeout: float):
@@ -38,26 +45,70 @@ class PerClip:
 
     def open(self, device: str, workers: int | None = None) -> None:
         self._pool = Workers(workers or self.workers, self.timeout)
+        self.attributes = {"device": device, "versions": versions(MEDIA)}
 
     def close(self) -> None:
         self._pool.close()
 
-    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
-        begun: deque[tuple[Sequence[Input], Iterator[Any]]] = deque()
-        for chunk in chunks:
-            todo = [(clip.clip_id, clip.item) for clip in chunk if not clip.absent]
-            begun.append((chunk, self._pool.map(self.function, todo)))
-            if len(begun) > 1:  # so that no worker rests while a shard's last clips are decoded
-                yield self._rows(*begun.popleft())
-        while begun:
-            yield self._rows(*begun.popleft())
+    def shards(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, list[Row]]]:
+        begun: deque[tuple[Shard, Iterator[Any]]] = deque()
+        held: list[tuple[Shard, list[Row]]] = []
 
-    def _rows(self, chunk: Sequence[Input], results: Iterator[Any]) -> list[Row]:
-        rows = []
-        for clip in chunk:
-            with working_on(f"clip {clip.clip_id}"):
-                rows.append(Row(clip.clip_id) if clip.absent else next(results))
-        return [
-            Row(clip.clip_id, reason=str(row)) if isinstance(row, Skip) else row
-            for clip, row in zip(chunk, rows, strict=True)
-        ]
+        def finish(left: int) -> Iterator[tuple[Shard, list[Row]]]:
+            while len(begun) > left:
+                shard, rows = _take(begun)
+                if any(row.died for row in rows):
+                    held.append((shard, rows))
+                else:
+                    yield shard, rows
+
+        for shard in shards:
+            begun.append((shard, self._begin(shard.clips)))
+            yield from finish(1)  # one ahead, so that no worker rests while a shard's last clips are decoded
+            if sum(len(rows) for _, rows in held) > HELD_CLIPS:
+                yield from finish(0)
+                yield from self._again(held)
+        yield from finish(0)
+        yield from self._again(held)
+
+    def _begin(self, clips: Sequence[Input]) -> Iterator[Any]:
+        return self._pool.map(self.function, [(clip.clip_id, clip.item) for clip in clips if not clip.absent])
+
+    def _again(self, held: list[tuple[Shard, list[Row]]]) -> Iterator[tuple[Shard, list[Row]]]:
+        """Try what died once more, one clip at a time, and empty `held`."""
+        while held:
+            shard, rows = held.pop(0)
+            for i, row in enumerate(rows):
+                if row.died:
+                    (rows[i],) = rows_of([shard.clips[i]], self._begin([shard.clips[i]]))
+            yield shard, rows
+
+
+def _take(begun: deque[tuple[Shard, Iterator[Any]]]) -> tuple[Shard, list[Row]]:
+    shard, results = begun.popleft()
+    return shard, rows_of(shard.clips, results)
+
+
+def rows_of(clips: Sequence[Input], results: Iterator[Any]) -> list[Row]:
+    """The clips' rows of what Workers.map gave for those that are not absent upstream.
+
+    Raises PipelineError for a fault of the machine.
+    """
+    rows = []
+    for clip in clips:
+        if clip.absent:
+            rows.append(Row(clip.clip_id))
+            continue
+        with working_on(f"clip {clip.clip_id}"):
+            result = next(results)
+        if isinstance(result, (OSError, MemoryError)):
+            raise PipelineError(f"clip {clip.clip_id}: {describe(result)}")
+        rows.append(result_row(clip.clip_id, result))
+    return rows
+
+
+def result_row(clip_id: str, result: Row | Skip) -> Row:
+    """A worker's result as the clip's row."""
+    if isinstance(result, Skip):
+        return Row(clip_id, reason=str(result), died=isinstance(result, Died))
+    return result

@@ -17,14 +17,13 @@ from typing import Any
 from stages.engine.errors import PipelineError, one_line
 from stages.engine.files import replacing
 from stages.engine.params import Runtime
+from stages.engine.versions import ENCODERS, MEDIA, RUNNING
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 60  # for a node to start a Python process
 SHARED_SECONDS = 60  # NFS clients may not see a new file at once
 MARKERS = Path(".cache/ray")
-# what the bytes of a shard depend on, besides our own code
-PACKAGES = ("ray", "torch", "torchvision", "transformers", "open_clip_torch", "sentencepiece", "numpy", "h5py", "av",
-            "soxr", "opencv-python-headless", "onnxruntime", "pebble", "pydantic")
+PACKAGES = tuple(dict.fromkeys((*RUNNING, *ENCODERS, *MEDIA)))
 
 
 @contextmanager

@@ -3,15 +3,17 @@
 A store is a folder of shard-00000.h5, shard-00001.h5, ... with the clips in manifest order. A shard holds
 
     clip_id   (n,) bytes    present (n,) bool    reason (n,) bytes: why absent, or what is partial
+    died      (n,) bool: absent since its decoder crashed or was stopped, which another try may mend
     digest    (n,) 16 bytes of BLAKE2b over the clip's content: what the stages downstream fingerprint
     values    flat data; offsets (n + 1,) int64 cut it by clip
               audio: int16 samples   text: UTF-8 bytes   features: (frames, C), only where frames are kept
               images: encoded bytes, cut by item_offsets; offsets then count images
-    mean, var (n, C) float32 over time, for features
+    mean, var (n, folds * C) float32 over time, for features; folds is 1 but for an encoder that is trained per fold
     item_*    one value per image: item_frame (index in the clip), item_confidence
 
 and, as attributes, the schema version, kind and what made it (extractor, checkpoint, revision, dtype,
-dimension, fingerprint). index.json lists the shards with their fingerprints: a missing or foreign one is found.
+dimension, fingerprint, device, versions of packages). index.json lists the shards with their fingerprints, so that a
+missing or foreign one is found, and says what the store was made from.
 Every dataset carries Fletcher-32 checksums, so a flipped byte is found on read. Nothing in a file depends on
 time or order of writing: same content, same bytes.
 """
@@ -20,18 +22,19 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from stages.engine.errors import PipelineError, one_line
-from stages.engine.files import replacing
+from stages.engine.errors import REMEDIES, PipelineError, one_line
+from stages.engine.files import replacing, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 INDEX = "index.json"
 KINDS = ("audio", "images", "text", "features")
 CHUNK_BYTES = 1 << 18  # a clip's slice touches few chunks, and a chunk is large enough for a fast checksum
@@ -47,6 +50,7 @@ class Row:
     var: np.ndarray | None = None  # (C,) float32
     reason: str = ""
     items: Mapping[str, Sequence[float]] = field(default_factory=dict)  # per image: frame, confidence
+    died: bool = False  # absent since its decoder crashed or was stopped
 
     @property
     def present(self) -> bool:
@@ -58,21 +62,6 @@ class Row:
         for part in _parts(self):
             content.update(len(part).to_bytes(8, "little") + part)
         return content.digest()
-
-
-def feature_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: bool, note: str = "") -> Row:
-    """Pool (T, C) features over time to mean and population variance, float32 [paper 3.3: UTT-level pooling].
-
-    keep_frames also stores the sequence in its own dtype. Sums are taken in float64: long clips lose nothing.
-    """
-    wide = features.astype(np.float64)
-    return Row(
-        clip_id,
-        values=features if keep_frames else None,
-        mean=wide.mean(axis=0).astype(np.float32),
-        var=wide.var(axis=0).astype(np.float32) if variance else None,
-        reason=note,
-    )
 
 
 def _parts(row: Row) -> Iterable[bytes]:
@@ -107,12 +96,28 @@ def write_shard(path: Path, kind: str, rows: Sequence[Row], attributes: Mapping[
         target.write(content)
 
 
-def write_index(folder: Path, names: Sequence[str], fingerprints: Sequence[str] | None = None) -> None:
-    """Write the folder's index.json: the shards that belong to the store, with their fingerprints, if need be read."""
-    found = fingerprints or [_open(folder / name).attrs["fingerprint"] for name in names]
-    index = dict(zip(names, found, strict=True))
-    with replacing(folder / INDEX) as file:
-        file.write(json.dumps(index, indent=0) + "\n")
+def write_index(folder: Path, fingerprints: Mapping[str, str], digests: Iterable[bytes], **origin: str) -> None:
+    """Write the folder's index.json: the store's shards with their fingerprints, and the digest of all its clips.
+
+    origin: what the store was made from, as digests: `source`, its inputs, and `loaded`, local checkpoints.
+    """
+    write_json(folder / INDEX, {"digest": _joined(digests), **origin, "shards": dict(fingerprints)})
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A store's index.json. Raises PipelineError where it is missing or damaged."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise PipelineError(f"{path}: can't be read ({one_line(error)}); {_rebuild(folder)}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), dict):
+        raise PipelineError(f"{path}: lists no shards; {_rebuild(folder)}")
+    return index
+
+
+def _joined(digests: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def _attribute(value: Any) -> Any:
@@ -129,6 +134,7 @@ def _write_rows(file: h5py.File, kind: str, rows: Sequence[Row]) -> None:
     _put(file, "clip_id", np.array([row.clip_id.encode() for row in rows], dtype=np.bytes_))
     _put(file, "present", np.array([row.present for row in rows], dtype=bool))
     _put(file, "reason", np.array([row.reason.encode() for row in rows], dtype=np.bytes_))
+    _put(file, "died", np.array([row.died for row in rows], dtype=bool))
     _put(file, "digest", np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(len(rows), 16))
     if kind == "features":
         _write_statistics(file, rows)
@@ -149,7 +155,7 @@ def _write_rows(file: h5py.File, kind: str, rows: Sequence[Row]) -> None:
 
 
 def _write_statistics(file: h5py.File, rows: Sequence[Row]) -> None:
-    dimension = int(file.attrs["dimension"])
+    dimension = int(file.attrs["dimension"]) * int(file.attrs["folds"])
     for name in ("mean", "var"):
         found = [getattr(row, name) for row in rows]
         if name == "var" and not file.attrs["variance"]:
@@ -202,7 +208,7 @@ class Store:
         if not paths:
             raise PipelineError(f"{folder}: no shards found; {_rebuild(self.folder)}")
         self._shards = [_open(path) for path in paths]
-        self.attrs = self._shards[0].attrs
+        self.attrs, self.index = self._shards[0].attrs, read_index(self.folder)
         self._check()
         self.clip_ids = [c.decode() for shard in self._shards for c in shard.columns["clip_id"]]
         self.present = np.concatenate([shard.columns["present"] for shard in self._shards])
@@ -215,10 +221,7 @@ class Store:
         }
 
     def _check(self) -> None:
-        try:
-            index: dict[str, str] = dict(json.loads((self.folder / INDEX).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise PipelineError(f"{self.folder / INDEX}: can't be read ({error}); {_rebuild(self.folder)}") from None
+        index = self.index["shards"]
         found = {shard.path.name: shard.attrs["fingerprint"] for shard in self._shards}
         for name in sorted(found.keys() | index.keys()):
             if found.get(name) != index.get(name):
@@ -238,11 +241,11 @@ class Store:
     @property
     def digest(self) -> str:
         """Hex digest of every clip's content, in order."""
-        return hashlib.blake2b(b"".join(self.digests), digest_size=16).hexdigest()
+        return _joined(self.digests)
 
     @property
     def mean(self) -> np.ndarray:
-        """(N, C) float32; zeros for absent clips."""
+        """(N, folds * C) float32; zeros for absent clips."""
         return self._stack("mean")
 
     @property
@@ -253,7 +256,7 @@ class Store:
     def read(self, clip_id: str) -> Any:
         """The clip's values: int16 (n,), list of encoded images, str, or (T, C). KeyError for an unknown clip."""
         shard, i = self._index[clip_id]
-        with _guard(shard.path), h5py.File(shard.path, "r") as file:
+        with _opened(shard.path) as file:
             if "values" not in file:
                 raise PipelineError(f"{self.folder}: frames were not kept; set keep_frames: true for this extractor")
             start, end = file["offsets"][i : i + 2]
@@ -269,38 +272,55 @@ class Store:
     def read_items(self, clip_id: str, name: str) -> np.ndarray:
         """One float32 per image of the clip: `frame` (index in the clip) or `confidence` of the detection."""
         shard, i = self._index[clip_id]
-        with _guard(shard.path), h5py.File(shard.path, "r") as file:
+        with _opened(shard.path) as file:
             start, end = file["offsets"][i : i + 2]
             return file[f"item_{name}"][start:end]
 
     def _stack(self, name: str) -> np.ndarray:
-        stacked = np.empty((len(self), int(self.attrs["dimension"])), np.float32)
+        stacked = np.empty((len(self), int(self.attrs["dimension"]) * int(self.attrs["folds"])), np.float32)
         start = 0
         for shard in self._shards:
             count = len(shard.columns["clip_id"])
-            with _guard(shard.path), h5py.File(shard.path, "r") as file:
+            with _opened(shard.path) as file:
                 file[name].read_direct(stacked, dest_sel=np.s_[start : start + count])
             start += count
         return stacked
 
 
-def read_head(path: Path, fingerprint: str) -> list[tuple[str, bool, str]]:
-    """(clip_id, present, reason) of one shard. Raises PipelineError if that is damaged, the file cut off or foreign."""
+class HeadRow(NamedTuple):
+    clip_id: str
+    present: bool
+    reason: str
+    died: bool
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one shard says of itself without its values."""
+
+    attributes: Mapping[str, Any]
+    rows: list[HeadRow]
+    digests: list[bytes]
+
+
+def read_head(path: Path, fingerprint: str) -> Head:
+    """The head of one shard. Raises PipelineError if that is damaged, the file cut off or foreign."""
     shard = _open(path)
     found = shard.attrs.get("fingerprint")
     if found != fingerprint:
         raise PipelineError(f"{path}: found fingerprint {found}, expected {fingerprint}")
-    columns = (shard.columns[name] for name in ("clip_id", "present", "reason"))
-    return [
-        (clip_id.decode(), bool(present), reason.decode())
-        for clip_id, present, reason in zip(*columns, strict=True)
+    columns = (shard.columns[name] for name in ("clip_id", "present", "reason", "died"))
+    rows = [
+        HeadRow(clip_id.decode(), bool(present), reason.decode(), bool(died))
+        for clip_id, present, reason, died in zip(*columns, strict=True)
     ]
+    return Head(shard.attrs, rows, [digest.tobytes() for digest in shard.columns["digest"]])
 
 
 def check_shard(path: Path, fingerprint: str) -> None:
     """Read all of a shard. Raises PipelineError if it is damaged anywhere, or not the one with this fingerprint."""
     read_head(path, fingerprint)
-    with _guard(path), h5py.File(path, "r") as file:
+    with _opened(path) as file:
         for name in list(file):  # values() would give None for a damaged one
             dataset = file[name]
             for chunk in dataset.iter_chunks() if dataset.chunks else ():
@@ -308,33 +328,33 @@ def check_shard(path: Path, fingerprint: str) -> None:
 
 
 def _open(path: Path) -> _Shard:
-    with _guard(path), h5py.File(path, "r") as file:
+    with _opened(path) as file:
         attrs = {name: (v.item() if isinstance(v, np.generic) else v) for name, v in file.attrs.items()}
         attrs = {name: (v.decode() if isinstance(v, bytes) else v) for name, v in attrs.items()}
         if attrs.get("schema") != SCHEMA:
             raise PipelineError(f"{path}: schema {attrs.get('schema')}, expected {SCHEMA}; {_rebuild(path.parent)}")
-        return _Shard(path, attrs, {name: file[name][:] for name in ("clip_id", "present", "reason", "digest")})
+        return _Shard(path, attrs, {name: file[name][:] for name in ("clip_id", "present", "reason", "died", "digest")})
 
 
-# What keeps a file from being read without saying anything about the file
-PASSING = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+# What keeps a file from being read without saying anything about the file; locks are not asked for, but see NFS
+PASSING = {*REMEDIES, errno.EBUSY, errno.EWOULDBLOCK, errno.EOPNOTSUPP} - {errno.ENOENT, errno.ENOTDIR}
 
 
-class _guard:
-    """Turns what h5py raises on a damaged file into one line that names the file and the way out."""
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """The file for reading, without HDF5's locks: a store is written whole and never changed.
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno in PASSING:  # the file may be whole
-            raise OSError(error.errno, os.strerror(error.errno), str(self.path)) from error
-        if isinstance(error, (OSError, KeyError, RuntimeError, UnicodeDecodeError)):
-            what = one_line(error)
-            raise PipelineError(f"{self.path}: damaged ({what}); {_rebuild(self.path.parent)}") from error
+    What h5py raises on a damaged file becomes one line that names it and the way out. Raises OSError where the file
+    can't be read just now: it may be whole.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:
+        number = getattr(error, "errno", None)
+        if number in PASSING:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise PipelineError(f"{path}: damaged ({one_line(error)}); {_rebuild(path.parent)}") from error
 
 
 def _rebuild(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """What evaluate reads: the predictions of round 0 and of the final models, the truth, and what the report shows.
 
-Everything is lined up here, once: labelled clips in manifest order, then the others in manifest order, as
-models/*/clips.csv has them. Whatever does not line up is a PipelineError naming the file.
+All of it is brought into one order here: labelled clips in manifest order, then the others in manifest order, as
+models/*/clips.csv has them. A file that does not agree is a PipelineError naming it.
 """
 
 import json
@@ -40,7 +40,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run of the pipeline, lined up. Class indices follow `labels`."""
+    """One finished run of the pipeline, in one order of clips. Class indices follow `labels`."""
 
     labels: list[str]
     manifest: pd.DataFrame             # index clip_id; split, label, transcript, ... as strings
@@ -54,8 +54,9 @@ class Run:
     pseudo_labels: pd.DataFrame        # reports/pseudo_labels.csv
     curves: pd.DataFrame               # models/fusion/curves.csv
     skipped: pd.DataFrame              # reports/skipped.csv
+    duplicates: pd.DataFrame           # data/duplicates.csv
     modalities: list[str]
-    leaky: bool                        # EmoVCLIP's prompts were trained on every fold
+    leaky: bool                        # some encoder has learned from every fold's labels
 
     def split(self, name: str) -> np.ndarray:
         """Positions among `others` of the clips of the split `unlabelled` or `test`."""
@@ -68,7 +69,7 @@ class Run:
 
 
 def read_run(labels: list[str]) -> Run:
-    """Read the run in the current folder. Raises PipelineError naming a file that is missing, damaged or astray."""
+    """Read the run in the current folder. Raises PipelineError naming a file that is missing, damaged or foreign."""
     manifest = read_csv(Path("data/manifest.csv"), text=True).set_index("clip_id")
     final = read_predictions(Path("models/self_training"), manifest, len(labels))
     round0 = read_predictions(Path("models/fusion"), manifest, len(labels))
@@ -99,8 +100,9 @@ def read_run(labels: list[str]) -> Run:
             {"round": int, "seed": int, "confidence": float}),
         curves=read_csv(Path("models/fusion/curves.csv")),
         skipped=read_csv(Path("reports/skipped.csv"), text=True),
+        duplicates=read_duplicates(),
         modalities=names,
-        leaky=any(m["name"] == "emovclip" and not m["per_fold"] for m in sources if m["name"] in names),
+        leaky=any(m["leaky"] for m in sources if m["name"] in names),
     )
 
 
@@ -121,13 +123,21 @@ def read_predictions(folder: Path, manifest: pd.DataFrame, classes: int) -> Pred
 
 
 def read_transcripts(run: Run) -> dict[str, str]:
-    """Clip id to transcript: the corpus's own, or what the transcribe stage heard."""
+    """Clip id to transcript: the corpus's own, or what the stage transcribe recognised."""
     transcripts = {str(clip_id): str(text) for clip_id, text in run.manifest["transcript"].items()}
     path = Path("data/transcripts.csv")
     if path.exists():
         heard = read_csv(path, text=True)
         transcripts.update(zip(heard["clip_id"], heard["transcript"], strict=True))
     return transcripts
+
+
+def read_duplicates() -> pd.DataFrame:
+    """digest, clip_id, split, problem of clips with the same content; empty where no stage compared them."""
+    path = Path("data/duplicates.csv")
+    if not path.exists():
+        return pd.DataFrame(columns=["digest", "clip_id", "split", "problem"], dtype=str)
+    return read_csv(path, text=True)
 
 
 def read_rankings() -> dict[str, list[str]]:
@@ -147,7 +157,7 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, text: bool = False) -> pd.DataFrame:
-    """A CSV file; text keeps every cell a string, so that a clip called 007 or NA stays itself."""
+    """A CSV file; text keeps every cell a string, so that a clip called 007 or NA keeps its name."""
     try:
         return pd.read_csv(path, dtype=str if text else None, keep_default_na=not text)
     except FileNotFoundError:

@@ -27,6 +27,7 @@ from stages.engine.params import Evaluate
 from stages.evaluation import metrics
 from stages.evaluation.artefacts import Predictions, Run
 
+SHOWN = 5  # examples in a warning
 SUBMISSION_NAMES = {"anger": "angry", "happiness": "happy", "sadness": "sad", "worry": "worried"}  # MER's spelling
 
 
@@ -118,10 +119,10 @@ def prediction_table(run: Run) -> pd.DataFrame:
 
 
 def submission_table(predictions: pd.DataFrame, adapter: str) -> pd.DataFrame:
-    """name,discrete of the test clips; MER's labels in the challenge's spelling, those of a corpus of one's own as
-    that has them."""
+    """name,discrete of the test clips; MER's labels in the challenge's spelling, those of any other corpus as
+    corpus.labels has them."""
     test = predictions[predictions["split"] == "test"]
-    spelling = {} if adapter in ("csv", "features") else SUBMISSION_NAMES
+    spelling = SUBMISSION_NAMES if adapter == "demo" or adapter.startswith("mer") else {}
     return pd.DataFrame({"name": test["clip_id"], "discrete": test["prediction"].replace(spelling)})
 
 
@@ -182,8 +183,8 @@ def robustness_table(run: Run, predict: Callable[[frozenset[str]], tuple[np.ndar
 
 
 def warnings(run: Run, rounds_asked: int, k: int) -> list[str]:
-    """What a reader must know before trusting the figures: fallbacks that were taken, and thin data."""
-    found = []
+    """What a reader must know before trusting the figures: fallbacks that were taken, and too few clips."""
+    found = duplicate_warnings(run.duplicates)
     counts = run.manifest["split"].value_counts()
     if rounds_asked and not counts.get("unlabelled", 0):
         found.append("The corpus has no unlabelled clips.")
@@ -203,6 +204,20 @@ def warnings(run: Run, rounds_asked: int, k: int) -> list[str]:
         absent = [label for position, label in enumerate(run.labels) if not (scored == position).any()]
         if absent:
             found.append(f"No scored test clip is labelled {', '.join(absent)}.")
+    return found
+
+
+def duplicate_warnings(duplicates: pd.DataFrame) -> list[str]:
+    """One line per problem of data/duplicates.csv, with examples."""
+    found = []
+    for problem, text in (("train and test", "in training and in test: the test figures are too high"),
+                          ("two labels", "under two labels: one of them is wrong")):
+        rows = duplicates[duplicates["problem"].str.contains(problem, regex=False)]
+        groups = [" = ".join(group) for _, group in rows.groupby("digest", sort=False)["clip_id"]]
+        if groups:
+            shown = ", ".join(groups[:SHOWN]) + (" ..." if len(groups) > SHOWN else "")
+            found.append(f"{len(groups)} clip{'s' * (len(groups) > 1)} with the same bytes {text} ({shown}; all in "
+                         f"data/duplicates.csv).")
     return found
 
 

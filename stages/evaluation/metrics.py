@@ -1,4 +1,4 @@
-"""WAF and its kin, all computed from confusion counts; every figure is in percent, as the paper prints it.
+"""WAF and other scores, all computed from confusion counts; every figure is in percent, as the paper prints it.
 
 WAF (weighted average F-score, the metric of MER2024-SEMI) is scikit-learn's weighted F1 over the whole
 label set: each class's F1 weighted by how many clips carry it, a class that is neither present nor
@@ -16,7 +16,7 @@ IntArray = NDArray[np.int64]
 
 
 def confusion_counts(actual: ArrayLike, predicted: ArrayLike, classes: int) -> IntArray:
-    """How many clips of each class were called what.
+    """Confusion counts: how many clips of each class were predicted as which class.
 
     actual: (N,) class indices. predicted: (..., N) class indices; leading dimensions (seeds, folds,
     rounds) are kept. Returns (..., classes, classes) int64, rows actual, columns predicted. Raises
@@ -86,7 +86,7 @@ def bootstrap_interval(actual: ArrayLike, predicted: ArrayLike, classes: int, re
 
     actual: (N,); predicted: (N,) or (S, N), whose rows are resampled together. Drawing N clips with
     replacement and counting them is one multinomial draw over the distinct outcomes (actual class, each
-    seed's call), of which there are few, so the cost hardly depends on N.
+    seed's prediction), of which there are few, so the cost hardly depends on N.
     """
     actual = np.asarray(actual, np.int64)
     rows = np.atleast_2d(np.asarray(predicted, np.int64))

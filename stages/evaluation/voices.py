@@ -15,7 +15,7 @@ FIRST = "ranking"  # the column of the voice that `rankings` itself describes
 
 
 def read_voices(path: Path = PATH) -> dict[str, dict[str, list[str]]]:
-    """Voice -> clip id -> its labels, most likely first; clips without a ranking are missing. Empty without the file."""
+    """Voice -> clip id -> its labels, most likely first; clips without a ranking are missing. {} without the file."""
     found: dict[str, dict[str, list[str]]] = {}
     rows = [json.loads(line) for line in read_text(path).splitlines()] if path.exists() else []
     for row in rows:

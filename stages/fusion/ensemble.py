@@ -100,6 +100,9 @@ class Ensemble:
             "labels": list(self.label_names),
             "folds": self.parameters.shape[1],
             "seeds": list(self.seeds),
+            "learned_from": {
+                entry["name"]: entry for entry in json.loads(Path("data/modalities.json").read_text())["modalities"]
+            },
         }
         write_json(folder / "ensemble.json", description)
 

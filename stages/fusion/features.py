@@ -159,19 +159,20 @@ def _load_modality(
     entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype
 ) -> Modality:
     folder = Path(entry["folder"])
-    folders = [folder / f"fold-{fold}" for fold in range(folds)] if entry["per_fold"] else [folder]
-    matrix = torch.empty(len(folders), len(clip_ids), _dimension(entry), dtype=dtype)
-    centre, spread = torch.empty(len(folders), matrix.shape[-1]), torch.empty(len(folders), matrix.shape[-1])
-    present = np.ones(len(clip_ids), bool)
-    stores = [_open(path, entry, clip_ids) for path in folders]
-    for store in stores:
-        present &= store.present
+    store = _open(folder, entry, clip_ids)
+    groups = store.attrs["folds"] if entry["per_fold"] else 1
+    if entry["per_fold"] and groups != folds:
+        raise PipelineError(f"{folder}: features of {groups} folds, expected {folds} (data/folds.csv); run dvc repro")
+    matrix = torch.empty(groups, len(clip_ids), _dimension(entry), dtype=dtype)
+    centre, spread = torch.empty(groups, matrix.shape[-1]), torch.empty(groups, matrix.shape[-1])
+    present = store.present
     if not present[labelled].any():
         raise PipelineError(f"{folder}: found no labelled clip with features, expected some to learn from")
-    for group, store in enumerate(stores):
-        for i, statistic in enumerate(entry["statistics"]):
-            columns = slice(i * entry["dimension"], (i + 1) * entry["dimension"])
-            scales = _fill(matrix[group, :, columns], getattr(store, statistic), present, labelled, store)
+    for i, statistic in enumerate(entry["statistics"]):
+        columns = slice(i * entry["dimension"], (i + 1) * entry["dimension"])
+        values = getattr(store, statistic).reshape(len(clip_ids), groups, -1)
+        for group in range(groups):
+            scales = _fill(matrix[group, :, columns], values[:, group], present, labelled, store)
             centre[group, columns], spread[group, columns] = scales
     return Modality(entry["name"], matrix, centre, spread, torch.from_numpy(present))
 

@@ -3,28 +3,28 @@
     release.json       schema version, labels, modalities, and the SHA-256 of every other file
     params.yaml        resolved params; checkpoints are published names, or checkpoints/<name>
     ensemble/          ensemble.json and ensemble.safetensors: every fold's and seed's model
-    emovclip/          EmoVCLIP's prompts per fold, safetensors
-    checkpoints/       encoders that were folders of the repository, without anything but weights and descriptions
+    checkpoints/       encoders (and EmoVCLIP's prompts) that were folders of the repository: weights and descriptions
     metrics.json, README.md
 
 Opening one executes nothing of it: JSON, YAML's safe subset, safetensors, and .bin weights through weights_only. No
 path in it can lead out of it, and it can't name a program to run, a server to ask or a variable that holds a key:
-those are the machine's own affair. The digests find damage; they are no signature.
+those are set on the machine. The digests detect damage; they are not a signature.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from stages.engine.errors import PipelineError
-from stages.engine.files import empty_folder, replacing, write_json
+from stages.engine.files import empty_folder, file_digest, replacing, write_json
+from stages.engine.fingerprint import checkpoint_files
 from stages.engine.params import Params, load
 from stages.inference.trained import Trained, assemble
 
@@ -33,10 +33,8 @@ INDEX = "release.json"
 PARAMS = "params.yaml"
 ENSEMBLE = ("ensemble.json", "ensemble.safetensors")
 CHECKPOINTS = "checkpoints"
-KEPT = {".json", ".txt", ".model", ".vocab", ".jinja"}  # of a checkpoint, besides its weights; never Python
-WEIGHTS = ("*.safetensors", "*pytorch_model*.bin")  # the first kind that is there
 PUBLISHED = re.compile(r"(hf-hub:)?(?!\.)[\w.-]+/(?!\.)[\w.-]+|(?!\.)[\w.-]+ / (?!\.)[\w.-]+")
-REMEDY = "fetch it again, or make it anew with: make release"
+REMEDY = "fetch it again, or make it anew with: mer release"
 # What belongs to a machine, not to a model
 RUNTIME = {"device": "auto", "workers": "auto", "executor": "local", "ray_address": "auto", "batch_memory_mb": "auto"}
 ASKING = {"base_url": None, "api_key_env": "OPENAI_API_KEY", "batch": False}
@@ -58,8 +56,7 @@ def portable(p: Params) -> Params:
 def checkpoint_keys(trained: Trained) -> list[str]:
     """Where params name the checkpoints that a prediction loads."""
     p = trained.params
-    keys = ["emovclip.checkpoint" if name == "emovclip" else f"extractors.{name}.checkpoint"
-            for name in trained.modalities]
+    keys = [f"extractors.{name}.{key}" for name in trained.modalities for key in p.extractors[name].loads]
     if trained.reads_text and p.transcribe.checkpoint:
         keys.append("transcribe.checkpoint")
     if "rankings.jsonl" in trained.media and p.rankings.provider == "transformers":
@@ -91,7 +88,7 @@ def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
     values = portable(trained.params).model_dump(mode="json")
     _take_checkpoints(folder, values, checkpoint_keys(trained))
     sources = {f"ensemble/{name}": trained.ensemble / name for name in ENSEMBLE}
-    sources |= {f"emovclip/{path.name}": path for path in trained.prompts} | {"metrics.json": metrics}
+    sources["metrics.json"] = metrics
     for name, source in sources.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, folder / name)
@@ -104,7 +101,7 @@ def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
         "schema": SCHEMA,
         "labels": trained.params.corpus.labels,
         "modalities": list(trained.modalities),
-        "files": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): file_digest(path) for path in files},
     }
     write_json(folder / INDEX, index)
 
@@ -116,8 +113,8 @@ def _take_checkpoints(folder: Path, values: dict[str, Any], keys: Sequence[str])
         checkpoint = Path(_get(values, key))
         if checkpoint.is_dir():
             if not Path(os.path.abspath(checkpoint)).is_relative_to(Path.cwd()):
-                raise PipelineError(f"params.yaml: {key}: {checkpoint} lies outside the repository; a release takes "
-                                    f"along what lies inside; link it below models/, or give its published name")
+                raise PipelineError(f"params.yaml: {key}: {checkpoint} lies outside the repository; a release can "
+                                    f"only hold what lies inside; link it below models/, or give its published name")
             if checkpoint not in copied:
                 copied[checkpoint] = _copy_checkpoint(checkpoint, folder, set(copied.values()))
             _set(values, key, copied[checkpoint])
@@ -128,20 +125,14 @@ def _take_checkpoints(folder: Path, values: dict[str, Any], keys: Sequence[str])
 
 def _copy_checkpoint(checkpoint: Path, folder: Path, taken: set[str]) -> str:
     """Copy what loading needs of a checkpoint; its place in the bundle."""
-    files = [path for path in sorted(checkpoint.iterdir()) if path.suffix in KEPT and path.is_file()]
-    weights = next((found for pattern in WEIGHTS if (found := sorted(checkpoint.glob(pattern)))), [])
     name = f"{CHECKPOINTS}/{checkpoint.name}"
     while name in taken:
         name += "_"
-    (folder / name).mkdir(parents=True)
-    for path in files + weights:
-        shutil.copyfile(path, folder / name / path.name)
+    for path in checkpoint_files(checkpoint):
+        copy = folder / name / path.relative_to(checkpoint)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
     return name
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _get(values: Any, key: str) -> Any:
@@ -170,10 +161,7 @@ def open_bundle(bundle: Path) -> Trained:
     _check_files(bundle, index["files"])
     p = portable(load(bundle / PARAMS))
     p = p.model_copy(update={"rankings": p.rankings.model_copy(update={"base_url": os.environ.get(SERVER)})})
-    trained = assemble(p, bundle / "ensemble", bundle / "emovclip", REMEDY)
-    for path in trained.prompts:
-        if path.relative_to(bundle).as_posix() not in index["files"]:
-            raise PipelineError(f"{bundle / INDEX}: does not list {path.relative_to(bundle)}; {REMEDY}")
+    trained = assemble(p, bundle / "ensemble", REMEDY)
     values = trained.params.model_dump()
     for key in checkpoint_keys(trained):
         checkpoint = _get(values, key)
@@ -182,7 +170,7 @@ def open_bundle(bundle: Path) -> Trained:
         elif not PUBLISHED.fullmatch(checkpoint) or Path(checkpoint).exists():
             raise PipelineError(f"{bundle / PARAMS}: {key}: found {checkpoint!r}, expected a folder of the "
                                 f"bundle or the name of a published checkpoint; {REMEDY}")
-    return Trained(Params.model_validate(values), trained.ensemble, trained.modalities, trained.prompts)
+    return replace(trained, params=Params.model_validate(values))
 
 
 def _read_index(bundle: Path) -> dict[str, Any]:
@@ -190,14 +178,14 @@ def _read_index(bundle: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise PipelineError(f"{bundle}: no release bundle: found no {INDEX}; expected what `make release` writes"
+        raise PipelineError(f"{bundle}: no release bundle: found no {INDEX}; expected what `mer release` writes"
                             ) from None
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path}: can't be read ({error}); {REMEDY}") from None
     found = index.get("schema") if isinstance(index, dict) else None
     if found != SCHEMA:
         raise PipelineError(f"{path}: schema {found}, expected {SCHEMA}; use the version of this program that wrote "
-                            f"it, or make it anew with: make release")
+                            f"it, or make it anew with: mer release")
     files = index.get("files")
     if not isinstance(files, dict) or not {PARAMS, *(f"ensemble/{name}" for name in ENSEMBLE)} <= files.keys():
         raise PipelineError(f"{path}: does not list {PARAMS}, {' and '.join(ENSEMBLE)}; {REMEDY}")
@@ -215,7 +203,7 @@ def _check_files(bundle: Path, files: Mapping[str, str]) -> None:
             raise PipelineError(f"{bundle / INDEX}: {name} leads out of the bundle; {REMEDY}")
         if not path.is_file():
             raise PipelineError(f"{path}: missing; {REMEDY}")
-        if _digest(path) != digest:
+        if file_digest(path) != digest:
             raise PipelineError(f"{path}: altered or damaged: not the file that {INDEX} lists; {REMEDY}")
     for path in sorted((bundle / CHECKPOINTS).rglob("*")):
         if path.is_file() and path.relative_to(bundle).as_posix() not in files:

@@ -16,7 +16,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PipelineError(f"{path}: not found; a release says how good it is: make it with: dvc repro") from None
+        raise PipelineError(f"{path}: not found; a release's card shows its figures: make it with: dvc repro") from None
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path}: can't be read ({error}); make it anew with: dvc repro") from None
 
@@ -38,16 +38,14 @@ def render_card(trained: Trained, metrics: Mapping[str, Any]) -> str:
 
 def _modality(trained: Trained, name: str) -> dict[str, Any]:
     """A row of the card's table of encoders."""
-    p = trained.params
-    row: Any = p.emovclip if name == "emovclip" else p.extractors[name]
-    options = row.model_dump()
-    local = Path(options["checkpoint"]).is_dir()
+    row = trained.params.extractors[name]
+    checkpoint = row.options.get("checkpoint")
     return {
         "name": name,
-        "encoder": options.get("encoder", "emovclip"),
-        "input": trained.medium(name),
-        "checkpoint": options["checkpoint"],
-        "revision": options["revision"],
-        "dtype": options["dtype"],
-        "local": local,
+        "encoder": row.encoder,
+        "input": row.input,
+        "checkpoint": checkpoint,
+        "revision": row.options.get("revision"),
+        "dtype": row.options.get("dtype"),
+        "local": checkpoint is not None and Path(checkpoint).is_dir(),
     }

@@ -1,10 +1,10 @@
 """What predict is asked for: clips, by name or by folder, and the transcripts that the user has of them."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stages.corpora.layout import MEDIA, read_table
+from stages.corpora.folders import EXPECTED, NOTHING, escaped, say_left_out, scan, what_is
+from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError
 
 # Columns of a transcript table: predict's own output, data/transcripts.csv, any other, and the MER corpora's
@@ -12,32 +12,34 @@ FORMS = (("clip", "transcript"), ("clip_id", "transcript"), ("name", "transcript
 
 
 def find_clips(arguments: Sequence[str]) -> list[Path]:
-    """The files named, whatever their extension, and the video files in and below the folders named; each once.
+    """The files named, whatever their extension, and the sound and video files in and below the folders named; each
+    once. What a folder holds besides is said on stderr.
 
-    Raises PipelineError for a path that is not there and for a folder without video files.
+    Raises PipelineError for a path that is no file or folder and for a folder without sound and video files.
     """
     found: dict[Path, None] = {}
     for path in map(Path, arguments):
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in MEDIA and file.is_file()]
-            clips = [file for file in inside if not file.name.startswith(".")]
-            if not clips:
-                raise PipelineError(f"{path}: a folder without video files; expected {', '.join(sorted(MEDIA))}")
-            found |= dict.fromkeys(clips)
-        elif path.exists():
+        kind = what_is(path)
+        if kind == "folder":
+            content = scan(path, deep=True)
+            say_left_out(path, len(content.clips), content.left_out)
+            if not content.clips:
+                raise PipelineError(f"{escaped(path)}: a folder without video files; expected {EXPECTED}")
+            found |= dict.fromkeys(content.clips)
+        elif not kind:
             found[path] = None
+        elif kind == NOTHING:
+            raise PipelineError(f"{escaped(path)}: no such file or folder; expected a clip or a folder of clips")
         else:
-            raise PipelineError(f"{path}: no such file or folder; expected a clip or a folder of clips")
+            raise PipelineError(f"{escaped(path)}: a {kind}; expected a clip or a folder of clips")
     return list(found)
 
 
 def read_transcripts(path: Path) -> dict[str, str]:
     """name -> transcript of a CSV with the columns of one of FORMS. Raises PipelineError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PipelineError(f"{path}: can't be read as a CSV of transcripts ({error})") from None
+    if kind := what_is(path):
+        raise PipelineError(f"{path}: can't be read as a CSV of transcripts (a {kind})")
+    header, _ = read_lines(path, ())
     for name, text in FORMS:
         if name in header and text in header:
             return {key: row[text] for key, row in read_table(path, (name, text), key=name).items()}

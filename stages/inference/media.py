@@ -1,38 +1,28 @@
 """Decoding new clips with the media stages' own functions, ahead of the encoders, in workers that may crash."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from stages.crop_faces import faces_row
-from stages.engine.errors import Skip
 from stages.engine.params import Params
+from stages.engine.per_clip import Decode, result_row
 from stages.engine.store import Row
 from stages.engine.workers import Workers
-from stages.extract_audio import audio_row
-from stages.media import openface
-from stages.slice_frames import frames_row
+from stages.media.audio import audio_decoder
+from stages.media.face_crops import faces_decoder
+from stages.media.frames import frames_decoder
 
 CHUNK = 32  # clips that are decoded and encoded together at most
+DECODERS = {"audio": audio_decoder, "frames": frames_decoder, "faces": faces_decoder}
 
-Functions = dict[str, Callable[[str, str], Row]]  # medium -> (clip_id, path) -> its row
+Functions = dict[str, Decode]  # by medium
 Decoded = tuple[Sequence[Path], dict[str, list[Row]]]  # clips, and medium -> a row for each
 
 
 def media_functions(p: Params, media: set[str]) -> Functions:
-    """What the stages extract_audio, slice_frames and crop_faces run, for those of `media` that are decoded.
-
-    Raises PipelineError where the face detector needs a binary that is not there.
-    """
-    if "faces" in media and p.faces.detector == "openface":
-        openface.find_binary(p.faces.openface_binary)
-    functions: Functions = {
-        "audio": partial(audio_row, sample_rate=p.audio.sample_rate),
-        "frames": partial(frames_row, **p.frames.model_dump()),
-        "faces": partial(faces_row, faces=p.faces, time_limit=0.9 * p.runtime.clip_timeout_seconds),
-    }
-    return {medium: function for medium, function in functions.items() if medium in media}
+    """What the stages extract_audio, slice_frames and crop_faces run, for those of `media` that are decoded."""
+    return {medium: decoder(p) for medium, decoder in DECODERS.items() if medium in media}
 
 
 def chunks(clips: Sequence[Path]) -> Iterator[Sequence[Path]]:
@@ -48,7 +38,7 @@ class Decoding:
 
     def __init__(self, clips: Sequence[Path], functions: Functions, workers: Workers):
         self._chunks, self._functions, self._workers = chunks(clips), functions, workers
-        self._begun: deque[tuple[Sequence[Path], dict[str, Iterator[Row | Skip]]]] = deque()
+        self._begun: deque[tuple[Sequence[Path], dict[str, Iterator[Any]]]] = deque()
         self._begin()
 
     def __iter__(self) -> Iterator[Decoded]:
@@ -65,8 +55,10 @@ class Decoding:
             self._begun.append((clips, results))
 
 
-def _rows(clips: Sequence[Path], results: Iterator[Row | Skip]) -> list[Row]:
+def _rows(clips: Sequence[Path], results: Iterator[Any]) -> list[Row]:
+    """Nothing here is kept, so a fault of the machine is only this prediction's reason."""
     return [
-        Row(str(clip), reason=str(result)) if isinstance(result, Skip) else result
+        Row(str(clip), reason=f"can't be read: {result.strerror if isinstance(result, OSError) else 'no memory'}")
+        if isinstance(result, (OSError, MemoryError)) else result_row(str(clip), result)
         for clip, result in zip(clips, results, strict=True)
     ]

@@ -2,24 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stages.encoders.assembly import encode_work
 from stages.engine.devices import pick_device, pick_workers
-from stages.engine.encoding import Encode, identity, pooled_row
+from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError
-from stages.engine.extraction import Input
+from stages.engine.inputs import identity, row_inputs
 from stages.engine.store import Row
+from stages.engine.work import Input
 from stages.engine.workers import Workers
-from stages.extract import make_encoder
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import Inputs, Modality
-from stages.inference import emovclip
 from stages.inference.media import Decoding, media_functions
 from stages.inference.texts import Texts, find_texts
 from stages.inference.trained import Trained
@@ -56,8 +54,11 @@ def predict(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str]) 
         for part, media in decoding:
             features = {}
             for name, encoder in encoders.items():
-                inputs = encoder_inputs(trained.medium(name), part, media, texts, p.audio.sample_rate)
-                (features[name],) = encoder.shards([inputs])
+                medium = p.extractors[name].input
+                features[name] = encoder.rows(
+                    row_inputs(medium, media[medium], p.audio.sample_rate) if medium in media
+                    else [Input(str(clip), texts.item(clip, medium), b"") for clip in part]
+                )
             yield from fuse(ensemble, part, media, features, texts, device)
     finally:
         workers.close()
@@ -67,29 +68,12 @@ def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
     """The encoder of every modality, on the device. Raises PipelineError naming the modality whose encoder fails."""
     encoders = {}
     for name in trained.modalities:
-        if name == "emovclip":
-            make: Any = partial(emovclip.make_encoder, config=trained.params.emovclip, prompts=trained.prompts)
-        else:
-            make = partial(make_encoder, name=name, row=trained.params.extractors[name])
-        row = partial(pooled_row, keep_frames=False, variance=name != "emovclip")
-        encoders[name] = Encode(make, identity, row, trained.params.runtime)
+        encoders[name] = encode_work(name, trained.params.extractors[name], identity, trained.params.runtime)
         try:
             encoders[name].open(device)
         except PipelineError as error:
             raise PipelineError(f"modality {name}: {error}") from None
     return encoders
-
-
-def encoder_inputs(
-    medium: str, clips: Sequence[Path], media: Mapping[str, Sequence[Row]], texts: Texts, sample_rate: int
-) -> list[Input]:
-    """One encoder's inputs as the stages extract and extract_emovclip hand them over."""
-    if medium not in media:
-        return [Input(str(clip), texts.item(clip, medium), b"") for clip in clips]
-    return [
-        Input(row.clip_id, (row.values, sample_rate) if medium == "audio" else row.values, b"", absent=not row.present)
-        for row in media[medium]
-    ]
 
 
 # ---------------------------------------------------------------- the fusion
@@ -148,8 +132,7 @@ def _modality(ensemble: Ensemble, name: str, rows: Sequence[Row], device: str) -
     present = torch.tensor([row.present for row in rows])
     found = [_vector(row) for row in rows if row.present]
     folds, dimension = mean.shape
-    sizes = {folds * dimension, dimension} if name == "emovclip" else {dimension}
-    if found and len(found[0]) not in sizes:
+    if found and len(found[0]) not in (dimension, folds * dimension):  # the latter: an encoder that is trained per fold
         raise PipelineError(f"modality {name}: the encoder gives {len(found[0])} features, but the models were trained "
                             f"on {dimension}; params.yaml or the checkpoint changed since: run dvc repro")
     groups = len(found[0]) // dimension if found else 1

@@ -4,15 +4,13 @@ One pass over all clips: so the ranking provider is asked once, estimates the co
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stages.engine.devices import pick_device
-from stages.engine.encoding import Encode, identity
 from stages.engine.errors import PipelineError
-from stages.engine.extraction import Input
 from stages.engine.files import file_digest
+from stages.engine.inputs import identity, ranked_item, row_inputs
 from stages.engine.params import Params
 from stages.engine.workers import Workers
 from stages.inference.media import Decoding, media_functions
@@ -20,7 +18,6 @@ from stages.inference.trained import Trained
 from stages.rankings.cache import Answer
 from stages.rankings.clips import item_of
 from stages.rankings.providers import rank
-from stages.transcribe import make_recognizer, text_row
 
 
 class Texts:
@@ -45,7 +42,7 @@ class Texts:
         if medium == "transcripts.csv" or not transcript:
             return transcript
         answer = self._answers[self._items[clip]]
-        return {"transcript": transcript, "ranking": answer.ranking, "reason": answer.reason}
+        return ranked_item(transcript, answer.ranking, answer.reason)
 
 
 def find_texts(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str], workers: Workers) -> Texts:
@@ -74,11 +71,10 @@ def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, 
     """Texts of those clips that have usable audio, as the stage transcribe makes them."""
     from tqdm import tqdm
 
-    from stages.encoders.asr import Config
+    from stages.encoders.asr import recognise_work
 
     decoding = Decoding(clips, media_functions(p, {"audio"}), workers)
-    config = Config(**p.transcribe.model_dump())
-    work = Encode(partial(make_recognizer, config=config), identity, text_row, p.runtime)
+    work = recognise_work(p.transcribe, identity, p.runtime)
     try:
         work.open(pick_device(p.runtime.device))
     except PipelineError as error:
@@ -86,11 +82,7 @@ def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, 
     texts: dict[Path, str] = {}
     with tqdm(total=len(clips), desc="transcribe", unit="clip", mininterval=1) as bar:
         for part, media in decoding:
-            inputs = [
-                Input(str(clip), (row.values, p.audio.sample_rate), b"", absent=not row.present)
-                for clip, row in zip(part, media["audio"], strict=True)
-            ]
-            (rows,) = work.shards([inputs])
+            rows = work.rows(row_inputs("audio", media["audio"], p.audio.sample_rate))
             texts |= {clip: row.values for clip, row in zip(part, rows, strict=True) if row.present}
             bar.update(len(part))
     work.close()

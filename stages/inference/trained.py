@@ -8,11 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from stages.encoders.assembly import loaded_digest
 from stages.engine.errors import PipelineError
-from stages.engine.params import Params, Runtime, load, read_yaml
+from stages.engine.inputs import DATA, TEXTS, medium_digest
+from stages.engine.params import Extractor, Params, Runtime, load, read_yaml
+from stages.engine.store import read_index
 
 ENSEMBLE = Path("models/self_training")
-PROMPTS = Path("models/emovclip")
 # Sections of params.yaml on which a clip's features depend, and the keys in them that only say how they are had
 FEATURES = ("corpus.labels", "audio", "transcribe", "frames", "faces", "rankings", "extractors", "emovclip")
 OPERATION = ("base_url", "api_key_env", "batch", "max_cost_usd", "price_per_million", "openface_binary")
@@ -25,19 +27,16 @@ class Trained:
     params: Params
     ensemble: Path  # folder of ensemble.json and ensemble.safetensors
     modalities: tuple[str, ...]  # in the ensemble's order
-    prompts: tuple[Path, ...]  # of EmoVCLIP: one file per fold, or one for all; none where the fusion does not use it
-
-    def medium(self, modality: str) -> str:
-        """What the modality's encoder takes: audio, frames, faces, transcripts.csv or rankings.jsonl."""
-        return "frames" if modality == "emovclip" else self.params.extractors[modality].input
+    learned_from: Mapping[str, Mapping[str, Any]]  # modality -> its entry in data/modalities.json when it was trained
 
     @property
     def media(self) -> set[str]:
-        return {self.medium(modality) for modality in self.modalities}
+        """What the modalities' encoders take: audio, frames, faces, transcripts.csv, rankings.jsonl."""
+        return {self.params.extractors[modality].input for modality in self.modalities}
 
     @property
     def reads_text(self) -> bool:
-        return any(medium.endswith((".csv", ".jsonl")) for medium in self.media)
+        return any(medium in TEXTS for medium in self.media)
 
     def on(self, device: str) -> "Trained":
         """The same to run on another device than params say. Raises PipelineError for what is no device's name."""
@@ -52,39 +51,57 @@ class Trained:
 def trained_here() -> Trained:
     """The models of the pipeline in the current folder.
 
-    Raises PipelineError where there are none yet, or where params.yaml is no longer what their features were made with.
+    Raises PipelineError where there are none yet, or where params.yaml, features, their inputs, checkpoints or prompts
+    are no longer those that the models learned from.
     """
-    p = load()
-    trained = assemble(p, ENSEMBLE, PROMPTS, "dvc repro self_train")
+    trained = assemble(load(), ENSEMBLE, "dvc repro self_train")
     if Path("dvc.lock").exists():
         check_params(read_yaml("params.yaml"), read_yaml("dvc.lock"), trained.modalities)
+    for name in trained.modalities:
+        check_learned(name, trained.params.extractors[name], trained.learned_from[name])
     return trained
 
 
-def assemble(p: Params, ensemble: Path, prompts: Path, remedy: str) -> Trained:
+def check_learned(name: str, row: Extractor, learned: Mapping[str, Any]) -> None:
+    """Compare what the models learned from with what is there: half of a `dvc repro` may have run since.
+
+    Features and their inputs that are not on this machine are not compared. Raises PipelineError.
+    """
+    def check(what: str, key: str, found: str) -> None:
+        if found != learned[key]:
+            raise PipelineError(f"modality {name}: {what} changed since the models in {ENSEMBLE} were trained; run dvc "
+                                f"repro")
+
+    check(f"what its encoder loads ({', '.join(row.loads.values())})", "loaded", loaded_digest(row).hex())
+    features, source = Path("features") / name, DATA / row.input
+    if features.exists():
+        check(str(features), "digest", read_index(features)["digest"])
+    if source.exists():
+        check(str(source), "source", medium_digest(row.input))
+
+
+def assemble(p: Params, ensemble: Path, remedy: str) -> Trained:
     """Trained, its files found. PipelineError with the remedy where one is missing, or p lacks a modality's row."""
     path = ensemble / "ensemble.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         modalities = tuple(modality["name"] for modality in description["modalities"])
         labels = description["labels"]
-        parts = ["all"] if p.emovclip.scope == "all" else [f"fold-{fold}" for fold in range(description["folds"])]
+        learned_from = {name: description["learned_from"][name] for name in modalities}
     except FileNotFoundError:
         raise PipelineError(f"{ensemble}: no trained models; make them with: {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PipelineError(f"{path}: can't be read ({error}); make it anew with: {remedy}") from None
-    files = tuple(prompts / f"{part}.safetensors" for part in parts if "emovclip" in modalities)
-    for file in (ensemble / "ensemble.safetensors", *files):
-        if not file.is_file():
-            raise PipelineError(f"{file}: no trained models; make them with: {remedy}")
+    if not (ensemble / "ensemble.safetensors").is_file():
+        raise PipelineError(f"{ensemble / 'ensemble.safetensors'}: no trained models; make them with: {remedy}")
     if labels != p.corpus.labels:
         raise PipelineError(f"params.yaml: corpus.labels: found {p.corpus.labels}, but the models were trained with "
                             f"{labels}; set it back, or run dvc repro")
     for name in modalities:
-        if name != "emovclip" and name not in p.extractors:
+        if name not in p.extractors:
             raise PipelineError(f"params.yaml: extractors: found no row {name!r}, which the models were trained with; "
                                 f"run dvc repro")
-    return Trained(p, ensemble, modalities, files)
+    return Trained(p, ensemble, modalities, learned_from)
 
 
 def check_params(values: Mapping[str, Any], lock: Mapping[str, Any], modalities: tuple[str, ...]) -> None:

@@ -6,21 +6,35 @@ call uses. (soxr is a little sharper near the Nyquist frequency, but needs the w
 and a downmix of our own.)
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import av
 import numpy as np
 from av.audio.frame import AudioFrame
 
 from stages.engine.errors import Skip
+from stages.engine.manifest import Source
+from stages.engine.params import Params
+from stages.engine.store import Row
 from stages.media.clip import Reader, damage_note, describe
 
 SOURCE_RATES = (1_000, 768_000)  # Hz; a damaged header can say 1 Hz, and a minute would fill the memory
 
 
-def load_audio(path: str | Path, sample_rate: int) -> tuple[np.ndarray, str]:
-    """Decode a clip's best audio stream: (samples int16 (n,), mono at sample_rate; a note).
+def audio_decoder(p: Params) -> Callable[[str, Source], Row]:
+    """As the stage extract_audio and predict decode a clip's sound: int16 samples at audio.sample_rate."""
+    return partial(_audio_row, sample_rate=p.audio.sample_rate)
+
+
+def _audio_row(clip_id: str, path: Source, sample_rate: int) -> Row:
+    samples, note = load_audio(path, sample_rate)
+    return Row(clip_id, values=samples, reason=note)
+
+
+def load_audio(path: Source, sample_rate: int) -> tuple[np.ndarray, str]:
+    """Decode a clip's best audio stream: (samples int16 (n,), mono at sample_rate; a note). A segment begins and ends
+    at its samples, not at the codec's frames.
 
     The note is "" or says what is missing of a damaged stream ("truncated: 1.2 of 2.6 s decoded").
     Several channels are mixed down by swresample's matrix, scaled so that it can't clip.
@@ -33,7 +47,7 @@ def load_audio(path: str | Path, sample_rate: int) -> tuple[np.ndarray, str]:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise Skip(f"audio can't be decoded: {describe(error)}") from None
         note = damage_note(seconds.total, reader.declared_seconds, reader.damaged)
-    samples = np.concatenate(parts) if parts else np.zeros(0, np.int16)
+    samples = reader.cut(np.concatenate(parts) if parts else np.zeros(0, np.int16), sample_rate)
     if not len(samples):
         raise Skip(f"audio can't be decoded: {note or 'it is empty'}")
     return samples, note

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 
 from stages.engine.errors import PipelineError, Skip
+from stages.engine.manifest import Source
 from stages.media.faces import Face, Tracker, align
 from stages.media.frames import FrameStream, encode_jpeg, shrink
 
@@ -29,7 +30,7 @@ CPU = ("CPUExecutionProvider",)
 
 
 def crop_clip(
-    path: str | Path, stride: int, size: int, min_confidence: float, quality: int, providers: tuple[str, ...] = CPU
+    path: Source, stride: int, size: int, min_confidence: float, quality: int, providers: tuple[str, ...] = CPU
 ) -> tuple[list[bytes], list[int], list[float], str]:
     """The main face of every stride-th frame: (JPEG crops size x size, frame indices, confidences, a note).
 

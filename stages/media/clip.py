@@ -2,18 +2,26 @@
 
 PyAV brings its own FFmpeg, so no system package is needed. A packet that can't be decoded is passed
 over and counted: a clip with a scratch keeps its other frames, and the caller gets a note about it.
+
+FFmpeg reports a disk that fails and a stream that is damaged in the same words. So whatever goes wrong, the file is
+read once more as plain bytes: if that fails, the machine is at fault (OSError), else the clip.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
 from stages.engine.errors import Skip
+from stages.engine.manifest import Segment, Source
 
 # Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
 # files or the network.
@@ -22,21 +30,30 @@ OPTIONS = {
     "protocol_whitelist": "file",
 }
 Kind = Literal["audio", "video"]
+READ_BYTES = 16 << 20  # and as much memory as a sound clip may need at once
 MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
+TICK_SECONDS = 0.0005  # clocks count in milliseconds at worst
+PREROLL_SECONDS = 0.2  # decoded before a segment: what sound codecs carry over from one frame to the next
 SLACK_SECONDS = 0.1  # codecs pad and trim by a few thousand samples
 SLACK_SHARE = 0.02
 
 
 def open_clip(path: str | Path) -> InputContainer:
-    """Open a clip for reading, whatever its extension says. Skip if it is not a media file."""
+    """Open a clip for reading, whatever its extension says. Skip if it is not a media file, OSError if it is away."""
     try:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol
         container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")
-    except FileNotFoundError:
-        raise Skip("file is missing") from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        require_readable(path)
         raise Skip(f"file can't be opened: {describe(error)}") from None
     return container
+
+
+def require_readable(path: str | Path) -> None:
+    """Raises OSError where the machine can't read the file's bytes, MemoryError where it has no memory to do so."""
+    with open(path, "rb", buffering=0) as file:
+        while file.read(READ_BYTES):
+            pass
 
 
 def describe(error: Exception) -> str:
@@ -45,29 +62,42 @@ def describe(error: Exception) -> str:
 
 
 class Reader:
-    """One forward pass over the best audio or video stream of a clip.
+    """One forward pass over the best audio or video stream of a clip, or over a segment of it.
 
     with Reader(path, "video") as reader:
         for frame in reader.frames(): ...
-    Raises Skip if the file can't be opened or has no such stream. Afterwards `damaged` counts the
-    packets that could not be read or decoded and `seconds` is the time that the packets spanned.
+    Raises Skip if the file can't be opened, has no such stream or ends before the segment begins. Afterwards `damaged`
+    counts the packets that could not be read or decoded and `seconds` is the time that the packets spanned.
+
+    A segment is found by seeking to the key frame before it; where a container can't seek, by decoding from the start.
+    Its frames of video are those that begin in it, those of sound all that have a sample in it (see cut).
     """
 
-    def __init__(self, path: str | Path, kind: Kind):
-        self.container = open_clip(path)
+    def __init__(self, clip: Source, kind: Kind):
+        segment = clip if isinstance(clip, Segment) else Segment(str(clip))
+        self.path, self.start, self.end, self.kind = segment.path, segment.start, segment.end, kind
+        self.container = open_clip(self.path)
         try:
             self.stream = self._best_stream(kind)
+            declared = self._stream_seconds
+            if declared is not None and self.start >= declared > 0:
+                raise Skip(f"the segment begins at {self.start:g} s, where {declared:.1f} s of {kind} have ended")
         except Skip:
             self.container.close()
             raise
         self.damaged = 0
         self.seconds = 0.0
+        if self.start:
+            self._seek(PREROLL_SECONDS)
+        self.first = 0.0  # seconds after the segment's start at which its first frame begins; of sound, often before
 
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.container.close()
+        if self.damaged or kind is not None:
+            require_readable(self.path)
 
     def _best_stream(self, kind: Kind) -> Any:
         streams = [
@@ -85,9 +115,42 @@ class Reader:
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)} if kind == "video" else {}
         return stream
 
+    def _seek(self, preroll: float) -> None:
+        target = max(0.0, self.start - preroll) + self._origin
+        with suppress(av.error.FFmpegError, OSError, ValueError):  # then every frame is decoded, from the first
+            self.container.seek(int(target / self.stream.time_base), stream=self.stream)
+
+    @property
+    def _origin(self) -> float:
+        """The clock's time at the file's start, in seconds."""
+        return (self.container.start_time or 0) / av.time_base
+
+    def _time(self, ticks: int | None) -> float | None:
+        """Seconds after the segment's start."""
+        return None if ticks is None else float(ticks * self.stream.time_base) - self._origin - self.start
+
+    @property
+    def _length(self) -> float:
+        return math.inf if self.end is None else self.end - self.start
+
+    def within(self, packet: Packet) -> bool:
+        """Whether what the packet holds begins in the segment."""
+        time = self._time(packet.dts if packet.pts is None else packet.pts)
+        return time is None or (self.start == 0 or time >= -TICK_SECONDS) and time < self._length - TICK_SECONDS
+
+    def cut(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
+        """The segment's samples (n,), of those that its frames hold."""
+        begin = max(0, round(-self.first * sample_rate)) if self.start else 0
+        return samples[begin:] if self.end is None else samples[begin : begin + round(self._length * sample_rate)]
+
     @property
     def declared_seconds(self) -> float | None:
-        """What the header says the stream lasts; None where it says nothing."""
+        """What the header says the stream, or the part of it in the segment, lasts; None where it says nothing."""
+        ends = [seconds for seconds in (self._stream_seconds, self.end) if seconds is not None]
+        return max(0.0, min(ends) - self.start) if ends else None
+
+    @property
+    def _stream_seconds(self) -> float | None:
         if self.stream.duration and self.stream.time_base:
             return float(self.stream.duration * self.stream.time_base)
         clock = self.stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:00:02.600000000
@@ -98,7 +161,8 @@ class Reader:
         return hours * 3600 + minutes * 60 + seconds
 
     def packets(self) -> Iterator[Packet]:
-        """Every packet that holds data. A read error ends the stream: what came before it stands."""
+        """Every packet that holds data, of a segment from the key frame before it to its end. A read error ends the
+        stream: what came before it stands."""
         start = end = None
         packets = self.container.demux(self.stream)
         while True:
@@ -111,7 +175,10 @@ class Reader:
                 return
             if packet.size == 0:  # PyAV ends with an empty packet
                 continue
-            if packet.pts is not None and packet.time_base:
+            reached = self._time(packet.dts)
+            if reached is not None and reached >= self._length:  # no later packet is shown earlier
+                return
+            if packet.pts is not None and packet.time_base and self.within(packet):
                 start = packet.pts if start is None else min(start, packet.pts)
                 end = max(end if end is not None else packet.pts, packet.pts + (packet.duration or 0))
                 self.seconds = float((end - start) * packet.time_base)
@@ -119,9 +186,41 @@ class Reader:
 
     def frames(self) -> Iterator[Any]:
         """Every AudioFrame or VideoFrame that decodes, in order of presentation."""
+        return self._decoded() if self.start == 0 and self.end is None else self._segment()
+
+    def _decoded(self) -> Iterator[Any]:
         for packet in self.packets():
             yield from self._decode(packet)
         yield from self._decode(None)  # what the decoder still holds back
+
+    def _from_before(self) -> Iterator[Any]:
+        """Every frame from one on that begins before the segment; from the file's first where none is found sooner.
+
+        Containers without an index, MPEG's, seek to a moment, and the decoder may have to wait for a later key frame.
+        """
+        preroll = PREROLL_SECONDS
+        while True:
+            frames = self._decoded()
+            first = next(frames, None)
+            begins = None if first is None else self._time(first.pts)
+            if preroll >= self.start or (first is not None and (begins is None or begins <= TICK_SECONDS)):
+                return frames if first is None else chain([first], frames)
+            preroll *= 10
+            self._seek(preroll)
+
+    def _segment(self) -> Iterator[Any]:
+        time, begun = -self.start, False
+        for frame in self._from_before():
+            known = self._time(frame.pts)  # in the stream's ticks: PyAV gives the last frames no time_base
+            time = time if known is None else known
+            seconds = frame.samples / frame.sample_rate if self.kind == "audio" else 0.0
+            if time >= self._length - TICK_SECONDS:
+                return
+            if time + seconds >= -TICK_SECONDS:
+                if not begun:
+                    begun, self.first, self.damaged = True, time, 0  # a seek may land in the middle of a packet
+                yield frame
+            time += seconds
 
     def _decode(self, packet: Packet | None) -> list:
         try:

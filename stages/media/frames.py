@@ -1,18 +1,31 @@
 """Frames of a clip: a uniform sample as JPEG for the store, or every n-th as arrays for the detector."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import cv2
 import numpy as np
 from av.video.frame import VideoFrame
 
 from stages.engine.errors import Skip
+from stages.engine.manifest import Source
+from stages.engine.params import Params
+from stages.engine.store import Row
 from stages.media.clip import Reader, damage_note
 
 
+def frames_decoder(p: Params) -> Callable[[str, Source], Row]:
+    """As the stage slice_frames and predict decode a clip's frames: JPEG, with their indices."""
+    return partial(_frames_row, **p.frames.model_dump())
+
+
+def _frames_row(clip_id: str, path: Source, per_clip: int | None, short_side: int, quality: int) -> Row:
+    images, indices, note = sample_frames(path, per_clip, short_side, quality)
+    return Row(clip_id, values=images, reason=note, items={"frame": indices})
+
+
 def sample_frames(
-    path: str | Path, per_clip: int | None, short_side: int, quality: int
+    path: Source, per_clip: int | None, short_side: int, quality: int
 ) -> tuple[list[bytes], list[int], str]:
     """Uniformly sampled frames: (JPEG bytes each, their indices in order of presentation, a note).
 
@@ -24,7 +37,7 @@ def sample_frames(
     Skip: the file can't be opened, has no video stream, or no frame decodes.
     """
     with Reader(path, "video") as reader:
-        count = sum(not packet.is_discard for packet in reader.packets())
+        count = sum(not packet.is_discard and reader.within(packet) for packet in reader.packets())
         note = damage_note(reader.seconds, reader.declared_seconds, reader.damaged)
     images, decoded, damaged = encode_chosen(path, segment_midpoints(count, per_clip), short_side, quality)
     if not images or len(images) < len(segment_midpoints(count, per_clip)):
@@ -43,7 +56,7 @@ def segment_midpoints(count: int, pieces: int | None) -> list[int]:
 
 
 def encode_chosen(
-    path: str | Path, chosen: list[int], short_side: int, quality: int
+    path: Source, chosen: list[int], short_side: int, quality: int
 ) -> tuple[dict[int, bytes], int, int]:
     """Decode up to the last chosen frame: (JPEG by index, frames decoded, packets passed over)."""
     images: dict[int, bytes] = {}
@@ -65,7 +78,7 @@ class FrameStream:
     `read` counts the frames that were yielded. Skip as in sample_frames.
     """
 
-    def __init__(self, path: str | Path, stride: int):
+    def __init__(self, path: Source, stride: int):
         self.path, self.stride = path, stride
         self.read, self.note = 0, ""
 

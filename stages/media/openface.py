@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cv2
 
-from stages.engine.errors import PipelineError, Skip
+from stages.engine.errors import Died, PipelineError, Skip
 from stages.media.frames import encode_jpeg
 
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -82,13 +82,16 @@ def run(executable: str, path: Path, folder: Path, size: int, time_limit: float)
     try:
         code = process.wait(time_limit)
     except subprocess.TimeoutExpired:
-        raise Skip(f"OpenFace stopped after {time_limit:g} s without a result") from None
+        limit = f"{time_limit:g} s (runtime.clip_timeout_seconds)"
+        raise Died(f"OpenFace was stopped after {limit} without a result") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    if code < 0:
+        raise Died(f"OpenFace crashed ({signal.Signals(-code).name})")
     if code:
-        raise Skip(f"OpenFace crashed with signal {-code}" if code < 0 else f"OpenFace failed with exit code {code}")
+        raise Skip(f"OpenFace failed with exit code {code}")
 
 
 def main_face(path: Path) -> tuple[int, list[tuple[int, int, float]]]:

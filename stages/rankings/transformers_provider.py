@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from stages.encoders.checkpoints import DTYPES, Dtype, resolve
-from stages.encoders.heads import load_part, load_with_head
+from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, resolve
 from stages.engine.errors import PipelineError, one_line
 from stages.rankings import prompt
 from stages.rankings.cache import Answer
@@ -43,7 +42,7 @@ class Transformers:
         self.labels, self.prompt_version = list(labels), prompt_version
         self._checkpoint, self._device = checkpoint, device
         self._tokenizer = load_part("AutoTokenizer", folder, checkpoint)
-        self._model = load_with_head("AutoModelForCausalLM", folder, checkpoint, DTYPES[dtype], device)
+        self._model = load_model("AutoModelForCausalLM", folder, checkpoint, DTYPES[dtype]).to(device)
 
     def rank(self, transcripts: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
         """Hand every transcript's answer to `record`, a batch at a time."""
