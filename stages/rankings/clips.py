@@ -12,14 +12,13 @@ import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from stages.engine.errors import Skip
 from stages.rankings import prompt
 from stages.rankings.chat import OVERHEAD_TOKENS, Chat, Messages, Refused, allowance_of
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SAMPLE_RATE = 16_000  # Hz; what speech encoders take
 QUALITY = 85  # JPEG
@@ -49,7 +48,7 @@ def transcript_of(item: str) -> str:
     return json.loads(item)["transcript"]
 
 
-def load(path: Path, sampling: Sampling) -> tuple[list[bytes], "np.ndarray | None"]:
+def load(path: Path, sampling: Sampling) -> tuple[list[bytes], np.ndarray | None]:
     """JPEG frames and int16 samples at SAMPLE_RATE, either of which a clip may lack. Raises Skip where it has none."""
     from stages.media.audio import load_audio
     from stages.media.frames import sample_frames
@@ -69,7 +68,14 @@ def load(path: Path, sampling: Sampling) -> tuple[list[bytes], "np.ndarray | Non
     return images, sound
 
 
-def wav(samples: "np.ndarray") -> bytes:
+def pixels(image: bytes) -> np.ndarray:
+    """RGB uint8 (height, width, 3) of a JPEG frame."""
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+def wav(samples: np.ndarray) -> bytes:
     """Mono 16-bit WAV."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
