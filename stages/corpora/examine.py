@@ -39,7 +39,7 @@ def examine_all(p: Params, entries: list[Entry]) -> list[Clip]:
     results = pool.map(examine, ((str(root / path),) for path in paths))
     files = {}
     for path, result in zip(paths, tqdm(results, "corpus", len(paths), unit="clip", mininterval=1), strict=True):
-        if isinstance(result, Skip):  # its reader died or hung: the later stages will record why they can't use it
+        if isinstance(result, Skip):  # its reader crashed or timed out: the later stages record why they can't use it
             result = (root / path).stat().st_size, file_digest(root / path), None
         if isinstance(result, (OSError, MemoryError)):
             raise PipelineError(f"{root / path}: {describe(result)}")

@@ -46,7 +46,7 @@ def write_store(
     rank, ranks = _rank()
     share = [shard for shard in shards[rank::ranks] if shard.part not in heads]  # the same whatever is done already
     finished = compute(share, work, target, params, devices)
-    next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
+    next(finished, None)  # errors in opening the work are reported before the progress bar starts
     done = len(inputs) - sum(len(shard.clips) for shard in todo)
     with tqdm(total=len(inputs), initial=done, desc=target.stage, unit="clip", mininterval=1, disable=not share) as bar:
         for shard in finished:
