@@ -1,19 +1,26 @@
 """What training the fusion costs at MER2024's size, on random features of the published dimensions.
 
     python -m benchmarks.fusion                     # five folds on 5,030 clips, beside a loop of the baseline's kind
+    python -m benchmarks.fusion --engines           # three ways to run five folds, on a quiet machine with git
     python -m benchmarks.fusion --whole --seeds 1   # all of self-training: 10 rounds with 115,595 unlabelled clips
 
 The loop of the baseline's kind: one fold after another; a torch DataLoader with a collate over per-clip arrays, batch
 64; logits and loss brought to the host at every step. It has neither modality dropout nor standardisation, ours has
 both. The two alternate, five epochs of all folds at a time (five models share two cores evenly over epochs, not within
-one), and the median of the ratios is printed. The baseline also predicts all unlabelled clips after every epoch: this
-is timed once, with one fold's model, and five times the result is added to its side.
+one), and the median of the ratios is printed. Its habit of predicting all unlabelled clips after every epoch is timed
+once, with one fold's model, and five times that is added to its side.
+
+--engines: the loop that stages/fusion/training.py is; the batched code that it replaced, from git (BATCHED); and
+torch.func.stack_module_state with vmap over the same module, without the dropout before the attention, in a group of
+folds per core. Each runs in a process of its own; they take turns.
 """
 
 import argparse
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stages.engine.devices import pick_device, set_threads
+from stages.engine.devices import cores, lanes, pick_device, set_threads
 from stages.engine.params import Fusion, SelfTraining
-from stages.fusion.features import Inputs, Modality, fold_statistics
+from stages.fusion.architectures import Dropout, keep_modalities
+from stages.fusion.features import Inputs, Modality, Standardised, fold_statistics
 from stages.fusion.self_training import self_train
-from stages.fusion.training import fit, train
+from stages.fusion.training import architecture_of, fit, train
 
 LABELS = ("neutral", "anger", "happiness", "sadness", "worry", "surprise")
 DIMENSIONS = {"hubert": 2048, "clip": 1536, "emovclip": 768, "baichuan": 10240}
@@ -37,22 +45,48 @@ PER_FOLD = "emovclip"
 LABELLED, UNLABELLED, FOLDS = 5030, 115_595, 5
 EPOCHS = 30
 TURN = 5  # epochs of one side before the other's
+BATCHED = "31166a6"  # the last commit whose models were one batched model
+WORKER = """
+import sys
+from benchmarks import fusion
+from stages.engine.devices import set_threads
+from stages.engine.params import Fusion
+engine, epochs = sys.argv[1], int(sys.argv[2])
+set_threads(engine != "batched")
+recipe = Fusion(modalities=list(fusion.DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128,
+                dropout=0.3, epochs=epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=[0],
+                **({"missing": "off"} if engine == "batched" else {"architecture": "attention"}))
+inputs = fusion.random_inputs(0, fusion.torch.float32, "cpu")
+statistics, models = fusion.fold_statistics(inputs, True), [(0, fold) for fold in range(fusion.FOLDS)]
+groups = fusion.groups_of_folds(inputs, recipe) if engine == "vmap" else []
+def turn():
+    if groups:
+        fusion.run_groups(groups)
+    else:
+        fusion.fit(inputs, recipe, inputs.labels[None], statistics, models, engine)
+for _ in sys.stdin:  # a line is a turn
+    print(fusion.seconds(turn) / epochs, flush=True)
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engines", action="store_true", help="time ways to run the folds instead")
+    parser.add_argument("--turns", type=int, default=5, help="of each engine, two epochs each")
     parser.add_argument("--whole", action="store_true", help="time self-training instead")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="fewer for a quick look")
     options = parser.parse_args()
+    if options.engines:
+        return engines(options.turns)
     device = pick_device(options.device)
-    set_threads(False)
+    set_threads(options.whole)  # as the stages do; beside them the loop has all cores
     fusion = Fusion(
         modalities=list(DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3,
         epochs=options.epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=list(range(options.seeds)),
-        missing="off",
+        architecture="attention",
     )
     print(f"{len(os.sched_getaffinity(0))} CPU cores, {device}")
     if options.whole:
@@ -60,6 +94,35 @@ def main() -> None:
     else:
         beside_the_baseline(fusion, device)
     print(f"peak host memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
+def engines(turns: int, epochs: int = 2) -> None:
+    """Print each engine's seconds per epoch of five folds, turn by turn, and the medians of its ratios to `batched`."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", BATCHED, "stages", "benchmarks"], capture_output=True, check=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        command = [sys.executable, "-c", WORKER]
+        workers = {
+            name: subprocess.Popen([*command, name, str(epochs)], cwd=folder if name == "batched" else None, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for name in ("batched", "vmap", "loop")
+        }
+        rows = []
+        for turn in range(turns + 1):
+            row = {}
+            for name, worker in workers.items():
+                assert worker.stdin and worker.stdout
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                row[name] = float(worker.stdout.readline())
+            if turn:  # the first warms up
+                rows.append(row)
+                print("  ".join(f"{name} {figure:.2f} s" for name, figure in row.items()), flush=True)
+        for worker in workers.values():
+            worker.communicate()
+    for name in workers:
+        ratio = statistics.median(row[name] / row["batched"] for row in rows)
+        print(f"{name}: median {statistics.median(row[name] for row in rows):.2f} s an epoch, {ratio:.2f} of batched")
 
 
 def whole(fusion: Fusion, rounds: int, device: str) -> None:
@@ -133,6 +196,64 @@ def random_inputs(unlabelled: int, dtype: torch.dtype, device: str) -> Inputs:
     splits = np.where(is_labelled, "labelled", "unlabelled")
     return Inputs([f"clip_{i}" for i in range(count)], splits, np.where(is_labelled, truth, -1), folds, LABELS,
                   tuple(modalities))
+
+
+def groups_of_folds(inputs: Inputs, recipe: Fusion) -> list["Vmapped"]:
+    """One group per core."""
+    parts = np.array_split(range(FOLDS), min(cores(), FOLDS))
+    return [Vmapped(inputs, recipe, part.tolist()) for part in parts]
+
+
+def run_groups(groups: Sequence["Vmapped"]) -> None:
+    with lanes(len(groups)) as pool:
+        list(pool.map(Vmapped.run, groups))
+
+
+class Vmapped:
+    """Several folds' models as one: torch.func over the module, all of them in every operation."""
+
+    def __init__(self, inputs: Inputs, recipe: Fusion, folds: Sequence[int]):
+        self.inputs, self.recipe = inputs, recipe
+        self.architecture, self.generator = architecture_of(inputs, recipe), torch.Generator().manual_seed(0)
+        models = [self.architecture.build().eval() for _ in folds]  # vmap knows no generator per model: what
+        # is dropped is drawn outside
+        self.model, self.dropout = models[0], Dropout(recipe.dropout, self.generator)
+        self.parameters, _ = torch.func.stack_module_state(models)
+        self.adam = torch.optim.Adam(list(self.parameters.values()), recipe.learning_rate, fused=True)
+        standardised = fold_statistics(inputs, True)
+        self.feeds = [Standardised(inputs, standardised, fold) for fold in folds]
+        self.rows = [torch.from_numpy(np.flatnonzero(inputs.folds != fold)) for fold in folds]
+        self.valid = [torch.from_numpy(np.flatnonzero(inputs.folds == fold)) for fold in folds]
+        self.classes = torch.from_numpy(inputs.labels)
+
+    def logits(self, parameters: dict[str, Tensor], features: list[Tensor], present: Tensor) -> Tensor:
+        return torch.func.functional_call(self.model, parameters, (features, present))[0]
+
+    def run(self) -> None:
+        steps = min(len(rows) for rows in self.rows) // self.recipe.batch_size
+        for _ in range(self.recipe.epochs):
+            orders = [rows[torch.randperm(len(rows))] for rows in self.rows]
+            for step in range(steps):
+                part = slice(step * self.recipe.batch_size, (step + 1) * self.recipe.batch_size)
+                self.step([order[part] for order in orders])
+            longest = min(len(rows) for rows in self.valid)
+            with torch.no_grad():
+                torch.func.vmap(self.logits)(self.parameters, *self.stacked([rows[:longest] for rows in self.valid]))
+
+    def stacked(self, rows: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        fed = [feed(chosen) for feed, chosen in zip(self.feeds, rows, strict=True)]
+        features = [torch.stack(column) for column in zip(*(part for part, _ in fed), strict=True)]
+        return features, torch.stack([present for _, present in fed])
+
+    def step(self, rows: list[Tensor]) -> None:
+        features, present = self.stacked(rows)
+        keep = keep_modalities(present.flatten(0, 1), self.architecture, self.generator).view_as(present)
+        dropped = [self.dropout(x * keep[..., i, None]) for i, x in enumerate(features)]
+        logits = torch.func.vmap(self.logits)(self.parameters, dropped, present)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), self.classes[torch.cat(rows)])
+        self.adam.zero_grad()
+        (loss * len(rows)).backward()
+        self.adam.step()
 
 
 class Baseline:

@@ -30,7 +30,7 @@ def main() -> None:
     run = read_run(p.corpus.labels)
     headline = figures.headline(run, p.evaluate)
     predictions = figures.prediction_table(run)
-    robustness = robustness_table(run, p) if p.fusion.missing == "report" else None
+    robustness = robustness_table(run, p) if p.evaluate.missing == "report" else None
     tables: dict[str | Path, pd.DataFrame] = {
         "reports/predictions.csv": predictions.round(6),
         "reports/submission.csv": figures.submission_table(predictions, p.corpus.adapter),
@@ -53,10 +53,10 @@ def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:
 
     from stages.evaluation import figures
     from stages.fusion.ensemble import load_ensemble
-    from stages.fusion.features import NARROW_INPUT, load_inputs
+    from stages.fusion.features import load_inputs
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, pick_device(p.runtime.device))
-    set_threads(inputs.dimension < NARROW_INPUT)
+    set_threads(True)  # chunks of clips are computed side by side, each by one thread
     ensemble = load_ensemble("models/self_training")
     known = inputs.others[run.known("test")]
 

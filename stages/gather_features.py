@@ -22,8 +22,8 @@ def describe_modality(name: str, store: Store) -> dict[str, Any]:
         "folder": str(store.folder),
         "dimension": int(store.attrs["dimension"]),
         "statistics": ["mean", "var"] if store.attrs["variance"] else ["mean"],
-        "per_fold": store.attrs["folds"] > 1,
-        "leaky": bool(store.attrs["leaky"]),
+        "per_fold": store.attrs.get("folds", 1) > 1,
+        "leaky": bool(store.attrs.get("leaky", False)),
         "present": int(store.present.sum()),
         **{key: value for key, value in store.index.items() if key != "shards"},
     }

@@ -24,10 +24,10 @@ def main() -> None:
 
     from stages.fusion import self_training
     from stages.fusion.ensemble import cross_validation, curve_table, load_outputs, save_outputs
-    from stages.fusion.features import NARROW_INPUT, load_inputs
+    from stages.fusion.features import load_inputs
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
-    set_threads(inputs.dimension < NARROW_INPUT)
+    set_threads(True)  # models are computed side by side, each by one thread
     start = load_outputs(Path("models/fusion"))
     if list(start.ensemble.seeds) != p.fusion.seeds or start.votes.shape[2] != len(inputs.others):
         raise PipelineError("models/fusion: found models of other seeds or clips; run dvc repro train_fusion")

@@ -14,16 +14,16 @@ def main() -> None:
     import numpy as np
 
     from stages.fusion.ensemble import cross_validation, curve_table, save_outputs
-    from stages.fusion.features import NARROW_INPUT, load_inputs
+    from stages.fusion.features import load_inputs
     from stages.fusion.training import train
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
-    set_threads(inputs.dimension < NARROW_INPUT)
+    set_threads(True)  # models are computed side by side, each by one thread
     labels = np.tile(inputs.labels, (len(p.fusion.seeds), 1))
     outputs = train(inputs, p.fusion, labels, "train_fusion")
     save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
     figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
-    counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.architecture.size}
+    counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.parameters_per_model}
     write_json("reports/fusion.json", {"cv": figures, **counts})
 
 

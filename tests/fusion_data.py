@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import Fusion, SelfTraining
-from stages.engine.store import Row, write_index, write_shard
+from stages.engine.store import Row, Store, write_index, write_shard
 from stages.fusion.features import Inputs, Modality
+from stages.gather_features import describe_modality
 
 ROOT = Path(__file__).parent.parent
 LABELS = ("neutral", "anger", "happiness", "sadness")
@@ -21,6 +22,7 @@ def recipe(**changes) -> Fusion:
     """A small fusion; `changes` override."""
     small = {
         "modalities": ["sound", "face", "prompt"],
+        "architecture": "attention",
         "standardize": True,
         "modality_dropout": 0.3,
         "keep_one": True,
@@ -31,7 +33,6 @@ def recipe(**changes) -> Fusion:
         "learning_rate": 0.003,
         "weight_decay": 0.0,
         "seeds": [0, 7],
-        "missing": "off",
     }
     return Fusion(**{**small, **changes})
 
@@ -116,24 +117,14 @@ def write_run(root: Path, inputs: Inputs) -> None:
 
 
 def _write_modality(root: Path, inputs: Inputs, modality: Modality) -> dict:
-    variance, per_fold = modality.name == "face", len(modality.matrix) > 1
+    variance, groups = modality.name == "face", len(modality.matrix)
     folder = Path("features") / modality.name
-    for fold in range(len(modality.matrix)):
-        values = raw_features(modality, fold).astype(np.float32)
-        rows = [
-            Row(name, mean=value, var=value**2 if variance else None) if present else Row(name, reason="none")
-            for name, value, present in zip(inputs.clip_ids, values, modality.present, strict=True)
-        ]
-        part = root / folder / (f"fold-{fold}" if per_fold else "")
-        attributes = {"dimension": modality.dimension, "variance": variance, "fingerprint": "test"}
-        write_shard(part / "shard-00000.h5", "features", rows, attributes)
-        write_index(part, ["shard-00000.h5"])
-    return {
-        "name": modality.name,
-        "folder": str(folder),
-        "dimension": modality.dimension,
-        "statistics": ["mean", "var"] if variance else ["mean"],
-        "per_fold": per_fold,
-        "present": int(modality.present.sum()),
-        "digest": {},
-    }
+    values = np.concatenate([raw_features(modality, fold) for fold in range(groups)], axis=1).astype(np.float32)
+    rows = [
+        Row(name, mean=value, var=value**2 if variance else None) if present else Row(name, reason="none")
+        for name, value, present in zip(inputs.clip_ids, values, modality.present, strict=True)
+    ]
+    attributes = {"dimension": modality.dimension, "variance": variance, "folds": groups, "fingerprint": "test"}
+    write_shard(root / folder / "shard-00000.h5", "features", rows, attributes)
+    write_index(root / folder, ["shard-00000.h5"])
+    return describe_modality(modality.name, Store(root / folder)) | {"folder": str(folder)}

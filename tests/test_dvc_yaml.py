@@ -11,6 +11,7 @@ from stages.engine.params import read_yaml
 
 STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 EXTRACTORS: dict[str, Any] = read_yaml(ROOT / "params.yaml")["extractors"]
+ARCHITECTURE: str = read_yaml(ROOT / "params.yaml")["fusion"]["architecture"]
 UNTRACKED = {"runtime"}
 PLUMBING = "stages/engine/"  # neither a dependency nor hashed; its constants in version.py are, bumped by hand
 
@@ -28,6 +29,7 @@ def entries() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
 
 def declared_code(entry: dict[str, Any], item: dict[str, Any]) -> list[str]:
     deps = [re.sub(r"\$\{item\.(\w+)\}", lambda m: str(item[m.group(1)]), dep) for dep in entry["deps"]]
+    deps = [dep.replace("${fusion.architecture}", ARCHITECTURE) for dep in deps]
     return [dep for dep in deps if dep.endswith(".py")]
 
 
@@ -38,6 +40,8 @@ def test_code_deps_are_exactly_the_imports(shown: str, name: str, entry: dict[st
         needed |= code_deps(ROOT / f"stages/encoders/{item['encoder']}.py")
         if item["encoder"] == "emovclip":
             needed.remove("stages/encoders/clip.py")  # its digest is in models/emovclip/trained.json
+    if "stages/fusion/architectures.py" in needed:  # which imports the one that params.yaml names
+        needed |= code_deps(ROOT / f"stages/fusion/{ARCHITECTURE}.py")
     declared = declared_code(entry, item)
     assert len(declared) == len(set(declared))
     needed = {path for path in needed if not path.startswith(PLUMBING)}
@@ -68,6 +72,10 @@ def test_tracked_params_cover_what_the_stage_reads(
     read = set(re.findall(r"\bp(?:arams)?\.(\w+)", source)) & sections
     # corpus.path says where the clips lie today; their content is tracked through the manifest's digests
     assert read - UNTRACKED <= tracked | {"corpus"}, f"{shown} reads {sorted(read)}, tracks {sorted(tracked)}"
+
+
+def test_how_to_evaluate_retrains_nothing() -> None:
+    assert not [name for name, entry in STAGES.items() if name != "evaluate" and "evaluate" in entry.get("params", [])]
 
 
 def test_the_cmd_holds_nothing_of_runtime() -> None:

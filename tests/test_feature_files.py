@@ -39,7 +39,7 @@ def make_store(name: str, keep_frames: bool = True, folds: int = 1, absent: str 
     write_shard(Path(f"features/{name}/shard-00000.h5"), "features", rows, {
         "extractor": name, "encoder": "hubert", "dimension": 4, "folds": folds, "variance": True, "leaky": False,
         "fingerprint": "f"})
-    write_index(Path("features") / name, {"shard-00000.h5": "f"}, [row.digest for row in rows])
+    write_index(Path("features") / name, ["shard-00000.h5"])
 
 
 # ---------------------------------------------------------------- export

@@ -1,210 +1,216 @@
-"""The fusion: batched training against a plain loop over torch modules, dropout, standardisation."""
+"""The fusion: each model alone and among others, beside a plain loop; architectures and dropout; standardisation."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import torch
 from fusion_data import LABELS, make_inputs, raw_features, recipe, tiled
 from sklearn.metrics import f1_score
-from torch import nn
 
+from stages import fusion
 from stages.fusion import ensemble as ensemble_module
 from stages.fusion import training
-from stages.fusion.features import fold_statistics
-from stages.fusion.masks import DROPOUT, INITIAL, ORDER, RandomBits, keep_modalities, stream, threshold
-from stages.fusion.model import Architecture, initial_parameters
-from stages.fusion.training import Feed, _word, batched_waf, fit, train
+from stages.fusion.architectures import Architecture, Dropout, keep_modalities
+from stages.fusion.features import Standardised, fold_statistics
+from stages.fusion.training import Training, fit, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---------------------------------------------------------------- all at once = each alone
+# ---------------------------------------------------------------- models never meet
 
 
-def test_all_at_once_equals_each_alone(monkeypatch):
-    monkeypatch.setattr(training, "cores", lambda: 1)  # one batched model
+@pytest.mark.parametrize("cores", [1, 2, 100])
+def test_a_model_among_others_equals_itself_alone(cores, monkeypatch):
+    monkeypatch.setattr(ensemble_module, "cores", lambda: cores)
     p = recipe(epochs=4)
-    inputs, _ = make_inputs()
+    inputs, _ = make_inputs()  # folds of unequal size: some models have fewer batches than others
     labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)
     models = list(np.ndindex(2, 3))
-    steps = {-(-int((inputs.folds != fold)[inputs.labelled].sum()) // p.batch_size) for fold in range(3)}
-    assert len(steps) > 1  # some models have fewer batches than others
     together = fit(inputs, p, labels, statistics, models, "test")
-    for m, model in enumerate(models):
-        alone = fit(inputs, p, labels, statistics, [model], "test")
-        clips = int((inputs.folds == model[1]).sum())
-        assert (together.parameters[m] - alone.parameters[0]).abs().max() < 1e-5
-        for name in ("best", "last"):
-            batched, single = getattr(together, name)[m, :clips], getattr(alone, name)[0, :clips]
-            assert (batched - single).abs().max() < 1e-5
-        torch.testing.assert_close(together.curves[m], alone.curves[0], rtol=1e-5, atol=1e-4)
-
-
-class Encoder(nn.Module):
-    def __init__(self, size, hidden):
-        super().__init__()
-        self.linear_1 = nn.Linear(size, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
-        self.linear_3 = nn.Linear(hidden, hidden)
-
-    def forward(self, x):
-        return self.linear_3(self.linear_2(self.linear_1(x).relu()).relu()).relu()
-
-
-class Plain(nn.Module):
-    """The same model for one fold and seed in ordinary modules."""
-
-    def __init__(self, modalities, hidden):
-        super().__init__()
-        self.encoders = nn.ModuleDict({m.name: Encoder(m.dimension, hidden) for m in modalities})
-        self.attention = Encoder(len(modalities) * hidden, hidden)
-        self.scores, self.classifier = nn.Linear(hidden, len(modalities)), nn.Linear(hidden, len(LABELS))
-
-    def forward(self, clips, dropout=1.0):
-        encodings = [encoder(x) for encoder, x in zip(self.encoders.values(), clips, strict=True)]
-        weights = self.scores(self.attention(torch.cat(encodings, dim=1) * dropout))
-        return self.classifier(sum(weights[:, i : i + 1] * e for i, e in enumerate(encodings)))
+    assert len({len(model.rows) for model in together}) > 1
+    for model, (s, fold) in zip(together, models, strict=True):
+        torch.rand(17)  # nor does torch's own generator matter
+        alone = Training(inputs, p, labels[s], Standardised(inputs, statistics, fold), p.seeds[s], fold)
+        for _ in range(p.epochs):
+            alone.run_epoch()
+        assert all(torch.equal(model.best[name], alone.best[name]) for name in alone.best)
+        assert torch.equal(model.softmax, alone.softmax) and model.curve == alone.curve
 
 
 def plain_training(inputs, p, seed, fold):
-    """One model trained by a plain loop, with the batches and the dropout that training.py documents."""
-    torch.manual_seed(_word(stream(seed, fold, 0, INITIAL)))
-    model = Plain(inputs.modalities, p.hidden)
+    """One model trained as a textbook does it, on features standardised by numpy in float64."""
+    initial, order, dropout = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3))
+    torch.manual_seed(initial)
+    model = training.architecture_of(inputs, p).build(torch.Generator().manual_seed(dropout))
     adam = torch.optim.Adam(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay)
     learn = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))
-    valid = np.flatnonzero(inputs.folds == fold)
-    present, standardised = inputs.present.numpy(), []
+    valid, present, features = np.flatnonzero(inputs.folds == fold), inputs.present.numpy(), []
     for i, modality in enumerate(inputs.modalities):
         raw = raw_features(modality, fold)
         seen = raw[learn[present[learn, i]]]
         values = (raw - seen.mean(axis=0)) / seen.std(axis=0) * present[:, i, None]
-        standardised.append(torch.tensor(values, dtype=torch.float32))
-    sizes = [p.batch_size * size for size in (3, *(m.dimension for m in inputs.modalities), 3 * p.hidden)]
-    bits, history = RandomBits(1, sum(sizes), "cpu"), []
-    for epoch in range(p.epochs):
-        order = np.random.default_rng(stream(seed, fold, epoch, ORDER)).permutation(learn)
-        keys = stream(seed, fold, epoch, DROPOUT).generate_state(-(-len(order) // p.batch_size), np.uint64)
+        features.append(torch.tensor(values, dtype=torch.float32))
+    generator, history = torch.Generator().manual_seed(order), []
+    for _ in range(p.epochs):
+        shuffled = learn[torch.randperm(len(learn), generator=generator)]
         model.train()
-        for start, key in zip(range(0, len(order), p.batch_size), keys.view(np.int64), strict=True):
-            rows = torch.from_numpy(order[start : start + p.batch_size])
-            drawn = bits.draw(torch.tensor([key]))[0].split(sizes)
-            drawn = [d.view(p.batch_size, -1)[: len(rows)] for d in drawn]
-            keep = keep_modalities(drawn[0], inputs.present[rows], p.modality_dropout, p.keep_one)
-            limit, scale = threshold(1 - p.dropout), 1 / (1 - p.dropout)
-            clips = [
-                x[rows] * keep[:, i, None] * (drawn[i + 1] < limit) * scale for i, x in enumerate(standardised)
-            ]
+        for start in range(0, len(shuffled), p.batch_size):
+            rows = shuffled[start : start + p.batch_size]
+            logits, _ = model([x[rows] for x in features], inputs.present[rows])
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(inputs.labels)[rows])
             adam.zero_grad()
-            output = model(clips, (drawn[-1] < limit) * scale)
-            nn.functional.cross_entropy(output, torch.from_numpy(inputs.labels)[rows]).backward()
+            loss.backward()
             adam.step()
         with torch.no_grad():
-            softmax = model([x[valid] for x in standardised]).softmax(dim=1)
-        waf = 100 * f1_score(inputs.labels[valid], softmax.argmax(dim=1), average="weighted", zero_division=0)
-        history.append((waf, softmax))
+            history.append(model.eval()([x[valid] for x in features], inputs.present[valid])[0].softmax(dim=1))
     return history
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"weight_decay": 0.01, "keep_one": False, "modality_dropout": 0.6}, {"modality_dropout": 0.0}]
-)
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.1, "keep_one": False, "modality_dropout": 0.6}])
 def test_equals_a_plain_torch_loop(changes):
     p = recipe(epochs=4, **changes)
     inputs, _ = make_inputs()
     outputs = train(inputs, p, tiled(inputs, p), "test")
-    position = {row: i for i, row in enumerate(inputs.labelled)}
     for s, fold in np.ndindex(2, 3):
         history = plain_training(inputs, p, p.seeds[s], fold)
-        rows = [position[row] for row in np.flatnonzero(inputs.folds == fold)]
-        best = max(range(p.epochs), key=lambda epoch: history[epoch][0])  # the first of equals
-        assert (outputs.out_of_fold_last[s, rows] - history[-1][1]).abs().max() < 1e-5
-        assert (outputs.out_of_fold_best[s, rows] - history[best][1]).abs().max() < 1e-5
-        assert outputs.curves[s, fold, :, 2].numpy() == pytest.approx([waf for waf, _ in history], abs=1e-3)
+        rows = np.flatnonzero(inputs.folds[inputs.labelled] == fold)
+        assert (outputs.out_of_fold_last[s, rows] - history[-1]).abs().max() < 1e-5
+        best = outputs.curves[s, fold, :, 2].argmax()  # the first of equals
+        assert (outputs.out_of_fold_best[s, rows] - history[best]).abs().max() < 1e-5
 
 
-def test_initial_weights_are_torchs_own():
-    architecture = Architecture(("a", "b"), (5, 3), 4, 6)
-    flat = initial_parameters(architecture, [11, 12])
-    torch.manual_seed(12)
-    linear = nn.Linear(5, 4)
-    ours = architecture.views(flat)
-    torch.testing.assert_close(ours["encoders.a.linear_1.weight"][1], linear.weight.detach())
-    torch.testing.assert_close(ours["encoders.a.linear_1.bias"][1], linear.bias.detach())
-    assert torch.equal(initial_parameters(architecture, [12])[0], flat[1])
+def test_seeds_and_folds_differ_in_weights_order_and_dropout():
+    p = recipe(learning_rate=1e-9)
+    inputs, _ = make_inputs()
+    outputs = train(inputs, p, tiled(inputs, p), "test")
+    weights = outputs.ensemble.weights["classifier.weight"].flatten(0, 1)
+    assert len({row.numpy().tobytes() for row in weights}) == 6
+    feed = Standardised(inputs, fold_statistics(inputs, True), 0)
+    one, other = (Training(inputs, p, inputs.labels, feed, seed, 0) for seed in (0, 7))
+    orders = [torch.randperm(40, generator=model.order).tolist() for model in (one, other)]
+    x = torch.ones(1, 64)
+    masks = [model.model.attention.dropout(x).tolist() for model in (one, other)]
+    assert orders[0] != orders[1] and masks[0] != masks[1]
 
 
-# ---------------------------------------------------------------- dropout
+def test_best_epoch_is_the_first_of_equals_and_its_weights_are_kept():
+    p = recipe(epochs=12, learning_rate=0.01)
+    inputs, _ = make_inputs()
+    feed = Standardised(inputs, fold_statistics(inputs, True), 1)
+    model, history = Training(inputs, p, inputs.labels, feed, 0, 1), []
+    for _ in range(p.epochs):
+        model.run_epoch()
+        weights = {name: values.clone() for name, values in model.model.state_dict().items()}
+        actual, called = inputs.labels[model.valid], model.softmax.argmax(dim=1)
+        waf = 100 * f1_score(actual, called, average="weighted", zero_division=0)
+        loss = float(torch.nn.functional.nll_loss(model.softmax.log(), torch.from_numpy(actual)))
+        assert model.curve[-1][1:] == pytest.approx((loss, waf), rel=1e-4)
+        history.append((waf, weights, model.softmax))
+    waf, weights, softmax = max(history, key=lambda epoch: epoch[0])  # the first of equals
+    assert sum(epoch[0] == waf for epoch in history) > 1  # there are equals
+    assert model.best_waf == pytest.approx(waf) and torch.equal(model.best_softmax, softmax)
+    assert all(torch.equal(model.best[name], values) for name, values in weights.items())
 
 
-def uniform_bits(*shape):
-    count = int(np.prod(shape))
-    return RandomBits(1, count, "cpu").draw(torch.tensor([5])).view(shape).clone()
+def test_a_model_that_fails_ends_the_others(monkeypatch):
+    monkeypatch.setattr(ensemble_module, "cores", lambda: 2)
+    epochs, failed, real = [], threading.Event(), Training._validate
+
+    def broken(self):
+        epochs.append(threading.get_ident())
+        if len(epochs) == 1:
+            failed.set()
+            raise ArithmeticError("the first model")
+        failed.wait()
+        return real(self)
+
+    monkeypatch.setattr(Training, "_validate", broken)
+    p = recipe(epochs=200)
+    inputs, _ = make_inputs()
+    with pytest.raises(ArithmeticError, match="the first model"):
+        fit(inputs, p, tiled(inputs, p), fold_statistics(inputs, True), list(np.ndindex(2, 3)), "test")
+    assert len(epochs) < 6 * p.epochs / 2
 
 
-def test_random_bits_are_uniform_and_independent():
-    bits = RandomBits(3, 100_001, "cpu").draw(torch.tensor([1, 2, -(2**62)])).double().clone()
-    assert bits.shape == (3, 100_001)
-    assert (bits.mean(dim=1) + 0.5).abs().max() < 200  # standard error 60
-    assert (bits.std(dim=1) / (2**16 / 12**0.5) - 1).abs().max() < 0.01
-    assert torch.corrcoef(torch.cat([bits, bits.roll(1, dims=1)])).fill_diagonal_(0).abs().max() < 0.015
+# ---------------------------------------------------------------- the module and its dropout
+
+
+def attention(generator=None, **changes):
+    small = {"dropout": 0.3, "modality_dropout": 0.3, "keep_one": True, **changes}
+    architecture = Architecture("attention", ("a", "b", "c"), (40, 30, 20), 4, 8, **small)
+    return architecture.build(generator or torch.Generator().manual_seed(5))
+
+
+def clips(count):
+    return [1 + torch.rand(count, width) for width in (40, 30, 20)], torch.ones(count, 3, dtype=torch.bool)
+
+
+def encoded(model, features, present):
+    """What the encoders get to see, by modality, in training mode."""
+    seen = []
+    hooks = [e.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for e in model.encoders]
+    model.train()(features, present)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 @pytest.mark.parametrize("p", [0.15, 0.3, 0.5])
-def test_modality_dropout_rate(p):
-    keep = keep_modalities(uniform_bits(1, 20_000, 4), torch.ones(1, 20_000, 4, dtype=torch.bool), p, False)[0]
-    assert (1 - keep.float().mean(dim=0)).tolist() == pytest.approx([p] * 4, abs=0.015)
-    assert torch.corrcoef(keep.T.double()).fill_diagonal_(0).abs().max() < 0.03  # independent of each other
-    assert (~keep).all(dim=1).double().mean() == pytest.approx(p**4, abs=0.01)
+def test_modality_dropout_zeroes_whole_modalities_at_its_rate(p):
+    features, present = clips(20_000)
+    seen = encoded(attention(modality_dropout=p, keep_one=False), features, present)
+    kept = torch.stack([x.any(dim=1) for x in seen], dim=1)
+    for before, after, keep in zip(features, seen, kept.T, strict=True):
+        assert torch.equal(after[keep], before[keep])  # nothing is scaled up for a dropped modality
+    assert (1 - kept.float().mean(dim=0)).tolist() == pytest.approx([p] * 3, abs=0.015)
+    assert torch.corrcoef(kept.T.double()).fill_diagonal_(0).abs().max() < 0.03  # independent of each other
+    assert (~kept).all(dim=1).double().mean() == pytest.approx(p**3, abs=0.01)
 
 
 def test_keep_one_is_drawing_again():
-    present = torch.tensor([True, False, True, True]).expand(1, 60_000, 4)
-    keep = keep_modalities(uniform_bits(1, 60_000, 4), present, 0.6, True)[0]
+    present = torch.tensor([True, False, True, True]).expand(60_000, 4)
+    architecture = dataclasses.replace(attention().architecture, modality_dropout=0.6)
+    keep = keep_modalities(present, architecture, torch.Generator().manual_seed(1))
     assert (keep & present[0]).any(dim=1).all()
     generator = np.random.default_rng(0)
     again = generator.random((200_000, 4)) >= 0.6
-    again = again[(again & present[0, 0].numpy()).any(axis=1)]  # rejection: the definition
+    again = again[(again & present[0].numpy()).any(axis=1)]  # rejection: the definition
     patterns = 2 ** np.array([0, 2, 3])
     ours = np.bincount(keep.numpy()[:, [0, 2, 3]] @ patterns, minlength=14) / len(keep)
     expected = np.bincount(again[:, [0, 2, 3]] @ patterns, minlength=14) / len(again)
     assert np.abs(ours - expected).max() < 0.01
 
 
-def make_feed(inputs, p, models=2):
-    return Feed(inputs, p, fold_statistics(inputs, p.standardize), [0, 2][:models])
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.25, 0.5, 0.9])
+def test_dropout_rate_scale_and_independence(p):
+    dropout, x = Dropout(p, torch.Generator().manual_seed(3)).train(), 1 + torch.rand(300, 1001)
+    first, second = dropout(x), dropout(x)
+    kept = first != 0
+    torch.testing.assert_close(first[kept], x[kept] / (1 - p))
+    assert (~kept).float().mean() == pytest.approx(p, abs=0.003)
+    columns = torch.stack([kept, kept.roll(1, dims=1), kept.roll(4, dims=1), second != 0]).flatten(1).double()
+    if p > 0.1:
+        assert torch.corrcoef(columns).fill_diagonal_(0).abs().max() < 0.01
+    assert torch.equal(dropout.eval()(x), x)
 
 
-def test_dropped_and_absent_modalities_are_the_same_zeros():
-    p = recipe(dropout=0.0, modality_dropout=0.5)
-    inputs, _ = make_inputs()
-    feed, rows = make_feed(inputs, p), torch.from_numpy(inputs.labelled[:16]).expand(2, 16)
-    clean = [x.clone() for x in feed.clean(rows)]
-    dropped, attention = feed.dropped(rows, torch.tensor([3, 4]))
-    assert attention is None
-    for i, (before, after) in enumerate(zip(clean, dropped, strict=True)):
-        absent = ~inputs.present[rows, i]
-        assert not before[absent].any() and not after[absent].any()
-        gone = ~after.any(dim=-1)
-        assert 0 < gone.sum() < gone.numel()
-        assert torch.equal(after[~gone], before[~gone])  # nothing is scaled up for a dropped modality
+def test_dropout_stands_before_every_encoder_and_gradients_pass_it():
+    model = attention(dropout=0.5, modality_dropout=0.0)
+    features, present = clips(64)
+    model.train()
+    before, _ = model(features, present)
+    after, scores = model(features, present)
+    assert not torch.equal(before, after) and scores.shape == (64, 3)
+    after.sum().backward()
+    assert all(q.grad is not None and q.grad.abs().sum() > 0 for q in model.parameters())
+    found = [m for m in model.modules() if isinstance(m, Dropout)]
+    assert len(found) == 4 and all(m.p == 0.5 and m.generator is model.generator for m in found)
 
 
-def test_dropout_rate_and_scale():
-    p = recipe(dropout=0.25, modality_dropout=0.0, hidden=256)
-    inputs, _ = make_inputs(absent=0.0)
-    feed, rows = make_feed(inputs, p), torch.from_numpy(inputs.labelled[:16]).expand(2, 16)
-    clean = [x.clone() for x in feed.clean(rows)]
-    gone = []
-    for key in range(60):
-        clips, attention = feed.dropped(rows, torch.tensor([key, -key]))
-        for before, after in zip(clean, clips, strict=True):
-            kept = after != 0
-            torch.testing.assert_close(after[kept], before[kept] / 0.75)
-            gone.append((~kept).float().mean().item())
-        assert attention.unique().tolist() == pytest.approx([0, 1 / 0.75])
-        gone.append((attention == 0).float().mean().item())
-    assert np.mean(gone) == pytest.approx(0.25, abs=0.01)
+# ---------------------------------------------------------------- standardisation and prediction
 
 
 def test_evaluation_never_drops():
@@ -218,7 +224,47 @@ def test_evaluation_never_drops():
         assert (own - outputs.out_of_fold_best[:, i]).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------- standardisation and prediction
+def test_prediction_is_the_same_on_any_number_of_cores(monkeypatch):
+    p = recipe(epochs=1)
+    inputs, _ = make_inputs()
+    monkeypatch.setattr(ensemble_module, "PREDICT_ROWS", 7)
+    ensemble, found = train(inputs, p, tiled(inputs, p), "test").ensemble, []
+    for count in (1, 3):
+        monkeypatch.setattr(ensemble_module, "cores", lambda count=count: count)
+        found.append(ensemble.predict_with_attention(inputs, inputs.others))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert not found[0][1].isnan().any()
+
+
+CONCATENATION = """
+import torch
+from torch import nn
+from stages.fusion.architectures import Dropout
+
+class Model(nn.Module):
+    def __init__(self, architecture, generator=None):
+        super().__init__()
+        self.dropout = Dropout(architecture.dropout, generator)
+        self.linear = nn.Linear(sum(architecture.dimensions), architecture.labels)
+
+    def forward(self, features, present):
+        return self.linear(self.dropout(torch.cat(features, dim=1))), None
+"""
+
+
+def test_another_architecture_is_one_file_and_its_name(tmp_path, monkeypatch):
+    (tmp_path / "concatenation.py").write_text(CONCATENATION)
+    monkeypatch.setattr("stages.fusion.__path__", [*fusion.__path__, str(tmp_path)])
+    p = recipe(architecture="concatenation", epochs=20, learning_rate=0.03)
+    inputs, truth = make_inputs()
+    outputs = train(inputs, p, tiled(inputs, p), "test")
+    called = outputs.votes.mean(dim=(0, 1)).argmax(dim=1).numpy()
+    assert (called == truth[inputs.others]).mean() > 0.8
+    outputs.ensemble.save(tmp_path / "models")
+    loaded = ensemble_module.load_ensemble(tmp_path / "models")
+    softmax, attention = loaded.predict_with_attention(inputs, inputs.others)
+    assert torch.equal(softmax, outputs.votes)
+    assert attention.shape == (2, 3, len(inputs.others), 3) and attention.isnan().all()  # it has none
 
 
 def test_standardisation_sees_the_training_part_only():
@@ -233,24 +279,25 @@ def test_standardisation_sees_the_training_part_only():
 
 
 def test_standardised_inputs_have_mean_0_and_deviation_1_over_present_clips():
-    p = recipe(batch_size=60)
     inputs, _ = make_inputs()
     rows = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != 0))
-    clean = make_feed(inputs, p, models=1).clean(torch.from_numpy(rows)[None])
-    for i, x in enumerate(clean):
-        seen = x[0, inputs.present[rows, i]]
+    features, present = Standardised(inputs, fold_statistics(inputs, True), 0)(torch.from_numpy(rows))
+    assert torch.equal(present, inputs.present[rows]) and not present.all()
+    for i, x in enumerate(features):
+        assert not x[~present[:, i]].any()  # absent is zeros, the average clip
+        seen = x[present[:, i]]
         assert seen.mean(dim=0).abs().max() < 1e-5
         assert (seen.std(dim=0, correction=0) - 1).abs().max() < 1e-4
 
 
 def test_without_standardize_inputs_are_raw():
-    p = recipe(standardize=False)
     inputs, _ = make_inputs()
     rows = inputs.labelled[:16]
-    for i, x in enumerate(make_feed(inputs, p).clean(torch.from_numpy(rows).expand(2, 16))):
-        for model, fold in enumerate((0, 2)):
+    for fold in (0, 2):
+        features, _ = Standardised(inputs, fold_statistics(inputs, False), fold)(torch.from_numpy(rows))
+        for i, x in enumerate(features):
             expected = raw_features(inputs.modalities[i], fold)[rows] * inputs.present[rows, i, None].numpy()
-            np.testing.assert_allclose(x[model], expected, atol=1e-5)
+            np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_constant_dimensions_do_no_harm():
@@ -258,9 +305,13 @@ def test_constant_dimensions_do_no_harm():
     inputs, _ = make_inputs()
     for modality in inputs.modalities:
         modality.matrix[:, inputs.labelled, 0] = 0
+    modality.centre[:, 0] = 0  # one of them zeros throughout
     outputs = train(inputs, p, tiled(inputs, p), "test")
     assert torch.isfinite(outputs.votes).all()
-    assert all((scale[:, 0] == 1).all() for _, scale in outputs.ensemble.statistics.values())
+    for modality, (mean, scale) in zip(inputs.modalities, outputs.ensemble.statistics.values(), strict=True):
+        expected = torch.where(modality.centre[:, 0] == 0, 1, modality.centre[:, 0].abs())
+        torch.testing.assert_close(scale[:, 0], expected.expand(3))
+        torch.testing.assert_close(mean[:, 0], modality.centre[:, 0].expand(3))
 
 
 def test_removed_modality_is_an_absent_one():
@@ -278,7 +329,7 @@ def test_removed_modality_is_an_absent_one():
     assert (without - absent).abs().max() < 1e-6
     assert (without - ensemble.predict(inputs, inputs.others)).abs().max() > 0.01
     nothing = ensemble.predict(inputs, inputs.others, frozenset({"sound", "face", "prompt"}))
-    assert (nothing - nothing[:, :, :1]).abs().max() < 1e-6  # no input: the same answer for every clip
+    assert (nothing - nothing[:, :, :1]).abs().max() < 1e-6  # knows nothing: the same answer for every clip
 
 
 def test_prediction_streams_in_chunks(monkeypatch):
@@ -292,23 +343,6 @@ def test_prediction_streams_in_chunks(monkeypatch):
 
 
 # ---------------------------------------------------------------- what it learns
-
-
-def test_waf_equals_scikit_learn():
-    generator = np.random.default_rng(0)
-    for classes in (2, 4, 6):
-        actual, predicted = generator.integers(0, classes, (2, 5, 37))
-        actual[1], predicted[2], actual[3] = 0, 1, classes - 1
-        weights = np.ones((5, 37), np.float32)
-        weights[4, 20:] = 0
-        a, b, w = torch.from_numpy(actual), torch.from_numpy(predicted), torch.from_numpy(weights)
-        ours = batched_waf(a, b, w, classes).tolist()
-        rows = [37, 37, 37, 37, 20]
-        expected = [
-            100 * f1_score(a[:n], b[:n], labels=range(classes), average="weighted", zero_division=0)
-            for a, b, n in zip(actual, predicted, rows, strict=True)
-        ]
-        assert ours == pytest.approx(expected, abs=1e-4)
 
 
 def test_learns_and_every_modality_helps():
@@ -329,5 +363,5 @@ def test_two_runs_give_the_same_bits():
     p = recipe()
     inputs, _ = make_inputs()
     first, second = (train(inputs, p, tiled(inputs, p), "test") for _ in range(2))
-    assert torch.equal(first.ensemble.parameters, second.ensemble.parameters)
+    assert all(torch.equal(v, second.ensemble.weights[name]) for name, v in first.ensemble.weights.items())
     assert torch.equal(first.votes, second.votes) and torch.equal(first.curves, second.curves)

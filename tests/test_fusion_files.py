@@ -43,9 +43,9 @@ def test_loads_what_the_stores_hold(run):
     assert loaded.labels.tolist() == run.labels.tolist() and loaded.folds.tolist() == run.folds.tolist()
     for modality in loaded.modalities:
         for group in range(len(modality.matrix)):
-            part = f"features/{modality.name}" + (f"/fold-{group}" if len(modality.matrix) > 1 else "")
-            store = Store(part)
-            expected = store.mean if store.var is None else np.concatenate([store.mean, store.var], axis=1)
+            store = Store(f"features/{modality.name}")
+            mean = np.split(store.mean, len(modality.matrix), axis=1)[group]  # fold after fold
+            expected = mean if store.var is None else np.concatenate([mean, store.var], axis=1)
             np.testing.assert_allclose(
                 raw_features(modality, group)[store.present], expected[store.present], rtol=1e-5, atol=1e-5
             )
@@ -76,6 +76,29 @@ def test_half_precision_survives_large_offsets_and_outliers(tmp_path, monkeypatc
     error = (loaded.matrix.float() - huge.matrix * (huge.spread / loaded.spread)).std(dim=1)
     assert (error - error.mean()).abs().max() < 0.1  # the offset of a thousand deviations is not seen in the digits
     assert np.abs(raw_features(loaded, 0) - raw_features(huge, 0))[loaded.present].max() < 5e-3
+
+
+def test_rounding_of_a_nearly_constant_dimension_is_not_standardised_up(tmp_path, monkeypatch):
+    """Features move by 5e-7 of their size with the batch they are computed in: that must not become an input."""
+    generator, found = np.random.default_rng(0), []
+    inputs, _ = make_inputs()
+    sound = inputs.modalities[0]
+    spread = sound.spread.clone()
+    spread[:, :4] = 3e-6 * sound.centre[:, :4].abs()  # varies by a few times its rounding
+    for noise in (0.0, 5e-7):
+        rounding = noise * torch.from_numpy(generator.normal(size=sound.matrix.shape))
+        moved = (sound.matrix + sound.centre / spread * rounding).float() * sound.present[:, None]
+        changed = dataclasses.replace(sound, matrix=moved, spread=spread)
+        folder = tmp_path / str(noise)
+        write_run(folder, dataclasses.replace(inputs, modalities=(changed, *inputs.modalities[1:])))
+        monkeypatch.chdir(folder)
+        loaded = load_run()
+        for fold in range(3):
+            feed = features.Standardised(loaded, features.fold_statistics(loaded, True), fold)
+            found.append(feed(torch.arange(len(loaded.clip_ids)))[0][0])
+    for before, after in zip(found[:3], found[3:], strict=True):
+        assert before[:, 4:].std() > 0.5  # the others still tell clips apart
+        assert (before - after).abs().max() < 1e-4
 
 
 def rewrite_manifest(column, change):
@@ -109,6 +132,7 @@ BROKEN = {
     "wrong dimension": (lambda _: rewrite_modalities(dimension=12), r"features/sound: .*dimension 10, expected 12"),
     "not a number": (lambda i: rewrite_store(i, values=torch.nan), r"features/sound: clip clip_\d+ holds NaN"),
     "infinite": (lambda i: rewrite_store(i, values=torch.inf), r"features/sound: clip clip_\d+ holds NaN or inf"),
+    "other folds": (lambda _: rewrite_modalities(per_fold=True), r"features/sound: features of 1 folds, expected 3"),
     "other clips": (lambda i: rewrite_store(i, names=["x", *i.clip_ids[1:]]), r"features/sound: lacks clip_000"),
     "no labelled clips": (
         lambda _: rewrite_manifest("split", lambda row: row["split"].replace("labelled", "test").replace("un", "")),
@@ -120,7 +144,7 @@ BROKEN = {
     ),
     "few clips of a class": (
         lambda i: rewrite_manifest("label", lambda row: row["label"].replace("anger", "neutral")),
-        r"class 'anger' has 0 labelled clips, expected at least one per fold \(3\)",
+        r"found no labelled clip of class 'anger', expected some",
     ),
     "clip without fold": (
         lambda _: Path("data/folds.csv").write_text("clip_id,fold\nclip_xyz,0\n"),
@@ -180,9 +204,17 @@ def test_stage_writes_the_same_bytes_twice(run):
     best = curves.groupby(["seed", "fold"])["valid_waf"].max()
     assert figures["cv"]["waf_best_epoch"] == pytest.approx(best.mean(), abs=1e-3)
 
-    loaded = load_run()
-    again = load_ensemble("models/fusion").predict(loaded, loaded.others)
-    assert torch.equal(again, predictions["votes"])
+    loaded, ensemble = load_run(), load_ensemble("models/fusion")
+    assert torch.equal(ensemble.predict(loaded, loaded.others), predictions["votes"])
+    entries = json.loads(Path("data/modalities.json").read_text())["modalities"]
+    assert list(ensemble.learned_from.values()) == entries == [m.source for m in loaded.modalities]
+
+
+def test_an_unknown_architecture_is_one_line(run):
+    for name in ("transformer", "training"):  # no module; a module that is no architecture
+        write_params(recipe(architecture=name), rounds())
+        with pytest.raises(PipelineError, match=f"params.yaml: fusion.architecture: found '{name}', expected a module"):
+            train_fusion.main()
 
 
 def test_damaged_ensemble_is_one_line(tmp_path):
@@ -194,7 +226,14 @@ def test_damaged_ensemble_is_one_line(tmp_path):
     description = tmp_path / "m/ensemble.json"
     text = description.read_text()
     description.write_text(text.replace('"dimension": 10', '"dimension": 9'))
-    with pytest.raises(PipelineError, match=r"encoders.sound.linear_1.weight: found \(2, 3, 16, 10\), expected"):
+    with pytest.raises(PipelineError, match=r"encoders.0.linear_1.weight: found \(2, 3, 16, 10\), expected"):
+        load_ensemble(tmp_path / "m")
+    for architecture in ("training.train", "../../attention", "nothing"):
+        description.write_text(text.replace('"attention"', f'"{architecture}"'))
+        with pytest.raises(PipelineError, match=f"fusion.architecture: found '{architecture}'"):
+            load_ensemble(tmp_path / "m")
+    description.write_text(text.replace('"hidden": 16', '"hidden": -1'))
+    with pytest.raises(PipelineError, match="can't read the ensemble"):
         load_ensemble(tmp_path / "m")
     description.write_text(text)
     path = tmp_path / "m/ensemble.safetensors"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stages.encoders import hubert
 from stages.encoders.baichuan import load_decoder
 from stages.encoders.emovclip import PromptedCLIP, Prompts, video_features
-from stages.fusion.model import Architecture, first_layer, logits
+from stages.fusion.architectures import Architecture
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FAMILIES = ("attention", "baichuan", "emovclip", "hubert", "hubert_base")
@@ -126,29 +126,26 @@ def test_emovclip_would_notice_prompts_that_are_left_out(folder: Path) -> None:
 # ---------------------------------------------------------------- attention
 
 
-def baseline_layer(name: str) -> str:
-    """Our Linear's name to the official baseline's."""
+def baseline_name(name: str) -> str:
+    """Our weight's name to the official baseline's."""
+    layer, kind = name.rsplit(".", 1)
     other = {"scores": "fc_att", "classifier": "fc_out_1"}
-    if name in other:
-        return other[name]
-    block, layer = name.removeprefix("encoders.").rsplit(".", 1)
-    return f"attention_mlp.{layer}" if block == "attention" else f"{block}_encoder.{layer}"
+    if layer in other:
+        return f"{other[layer]}.{kind}"
+    block, part = layer.rsplit(".", 1)
+    encoder = "attention_mlp" if block == "attention" else f"{list(MODALITIES)[int(block.split('.')[1])]}_encoder"
+    return f"{encoder}.{part}.{kind}"
 
 
 @cases("attention")
 def test_attention_same_logits_as_the_baseline(folder: Path) -> None:
     case, weights = load_file(folder / "case.safetensors"), load_file(folder / "model.safetensors")
-    dimensions = tuple(case[key].shape[1] for key in MODALITIES.values())
-    hidden, labels = weights["fc_att.weight"].shape[1], case["emos_out"].shape[1]
-    architecture = Architecture(tuple(MODALITIES), dimensions, hidden, labels)
-    flat = torch.full((2, architecture.size), torch.nan)  # two models: each must use its own numbers
-    for name in architecture.layers:
-        for kind in ("weight", "bias"):
-            ours = architecture.views(flat)[f"{name}.{kind}"]
-            ours[0], ours[1] = weights[f"{baseline_layer(name)}.{kind}"], 0
-    parameters = architecture.views(flat)
-    first = [first_layer(parameters, name, case[key].expand(2, -1, -1)) for name, key in MODALITIES.items()]
-    ours, zero = logits(parameters, tuple(MODALITIES), first)
+    features = [case[key] for key in MODALITIES.values()]
     expected = case["emos_out"]
-    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert not zero.any()
+    hidden, labels = weights["fc_att.weight"].shape[1], expected.shape[1]
+    dimensions = tuple(x.shape[1] for x in features)
+    model = Architecture("attention", tuple(MODALITIES), dimensions, labels, hidden, 0.3, 0.3, True).build().eval()
+    model.load_state_dict({name: weights[baseline_name(name)] for name in model.state_dict()})
+    logits, scores = model(features, torch.ones(len(expected), len(features), dtype=torch.bool))
+    assert relative(logits, expected) <= 1e-4
+    assert scores.shape == (len(expected), len(features))

@@ -17,9 +17,9 @@ from trained_run import SENTENCES, make_ensemble
 
 from stages.commands import predict
 from stages.engine.errors import PipelineError
+from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble
 from stages.fusion.features import fold_statistics
-from stages.fusion.model import Architecture, initial_parameters
 from stages.inference.clips import find_clips, transcript_of
 from stages.inference.media import CHUNK, chunks
 from stages.inference.trained import check_params
@@ -112,19 +112,17 @@ def test_the_first_clip_is_not_kept_waiting() -> None:
 
 def test_attention_is_what_weighs_the_encodings() -> None:
     inputs, _ = make_inputs()
-    architecture = Architecture(("sound", "face", "prompt"), (10, 7, 5), 16, 4)
-    parameters = initial_parameters(architecture, range(6))
-    by_name = architecture.views(parameters)
-    by_name["scores.weight"].zero_()
-    by_name["scores.bias"].copy_(torch.tensor([0.0, 2.0, -1.0]))
-    statistics = fold_statistics(inputs, True)
-    ensemble = Ensemble(architecture, inputs.label_names, (0, 7), parameters.unflatten(0, (2, 3)), statistics, 0.3)
+    architecture = Architecture("attention", ("sound", "face", "prompt"), (10, 7, 5), 4, 16, 0.3, 0.3, True)
+    models = [architecture.build().state_dict() for _ in range(6)]
+    weights = {name: torch.stack([model[name] for model in models]).unflatten(0, (2, 3)) for name in models[0]}
+    weights["scores.weight"].zero_()
+    weights["scores.bias"].copy_(torch.tensor([0.0, 2.0, -1.0]))
+    ensemble = Ensemble(architecture, inputs.label_names, (0, 7), weights, fold_statistics(inputs, True))
     rows = np.arange(9)
     softmax, attention = ensemble.predict_with_attention(inputs, rows)
     assert attention.shape == (2, 3, 9, 3) and (attention == torch.tensor([0.0, 2.0, -1.0])).all()
     assert torch.equal(softmax, ensemble.predict(inputs, rows))
-    encoder = by_name["encoders.sound.linear_3.weight"]  # a modality of weight 0 has no influence
-    encoder.uniform_(-1, 1)
+    weights["encoders.0.linear_3.weight"].uniform_(-1, 1)  # a modality of weight 0 has no influence
     assert torch.equal(softmax, ensemble.predict(inputs, rows))
 
 

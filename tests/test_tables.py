@@ -46,7 +46,7 @@ def test_rows_whose_features_are_missing_are_left_out() -> None:
     del params["extractors"]["baichuan"]
     params["fusion"]["modalities"] = ["hubert", "clip", "emovclip"]
     left = [row.name for row in ROWS if not possible(row, params)]
-    assert left == ["baichuan-text", "baichuan", "baseline", "without-emovclip"]
+    assert left == ["baichuan-text", "baichuan", "plain", "without-emovclip"]
 
 
 def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() -> None:
@@ -61,7 +61,7 @@ def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() 
         entry["md5"] = "0" * 32
         return row_key(params, other)
 
-    assert touched("train_fusion", "deps", "stages/fusion/model.py") != key
+    assert touched("train_fusion", "deps", "stages/fusion/training.py") != key
     assert touched("corpus", "outs", "data/manifest.csv") != key
     assert touched("train_fusion", "outs", "models/fusion") == key  # the workspace's own results belong to no row
 

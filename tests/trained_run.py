@@ -15,8 +15,8 @@ from stages.corpora.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_
 from stages.engine.files import write_json
 from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.params import read_yaml
+from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble
-from stages.fusion.model import Architecture, initial_parameters
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ["我今天很高兴", "你为什么不告诉我？", "他走了，再也不会回来。"]
@@ -58,12 +58,15 @@ def make_trained(root: Path) -> None:
 def make_ensemble(labels: tuple[str, ...], **changes: int) -> Ensemble:
     """Fold models that were never trained, but differ, each with a standardisation of its own."""
     dimensions = {**DIMENSIONS, **changes}
-    architecture = Architecture(tuple(dimensions), tuple(dimensions.values()), 32, len(labels))
-    seeds = range(len(SEEDS) * FOLDS)
-    parameters = initial_parameters(architecture, seeds).unflatten(0, (len(SEEDS), FOLDS))
+    architecture = Architecture("attention", tuple(dimensions), tuple(dimensions.values()), len(labels), hidden=32,
+                                dropout=0.3, modality_dropout=0.3, keep_one=True)
+    torch.manual_seed(0)
+    models = [architecture.build().state_dict() for _ in range(len(SEEDS) * FOLDS)]
+    weights = {name: torch.stack([model[name] for model in models]).unflatten(0, (len(SEEDS), FOLDS))
+               for name in models[0]}
     generator = torch.Generator().manual_seed(2)
     statistics = {
         name: (torch.randn(FOLDS, size, generator=generator), 0.1 + torch.rand(FOLDS, size, generator=generator))
         for name, size in dimensions.items()
     }
-    return Ensemble(architecture, labels, SEEDS, parameters, statistics, dropout=0.3)
+    return Ensemble(architecture, labels, SEEDS, weights, statistics)

@@ -102,19 +102,16 @@ def write_features(out: Path, name: str, clip_ids: Sequence[str], files: Mapping
     """Write the feature store of one modality over these clips; returns the clips that are absent from it."""
     layout = common_layout([files[clip_id] for clip_id in clip_ids if clip_id in files])
     attributes = {"extractor": name, "encoder": "npy", "checkpoint": "", "revision": "", "dtype": "float32",
-                  "dimension": layout.dimension, "variance": layout.axes == 2, "folds": 1, "leaky": False}
-    absent, digests = [], []
-    fingerprints: dict[str, str] = {}
+                  "dimension": layout.dimension, "variance": layout.axes == 2}
+    absent, names = [], []
     with tqdm(total=len(clip_ids), desc=f"import {name}", unit="clip", mininterval=1) as bar:
         for number, rows in enumerate(_shards(clip_ids, files, layout)):
-            digests += [row.digest for row in rows]
-            content = hashlib.blake2b(b"".join(digests[-len(rows):]), digest_size=16).hexdigest()
-            name = f"shard-{number:05d}.h5"
-            write_shard(out / name, "features", rows, {**attributes, "fingerprint": content})
-            fingerprints[name] = content
+            content = hashlib.blake2b(b"".join(row.digest for row in rows), digest_size=16).hexdigest()
+            names.append(f"shard-{number:05d}.h5")
+            write_shard(out / names[-1], "features", rows, {**attributes, "fingerprint": content})
             absent += [row.clip_id for row in rows if not row.present]
             bar.update(len(rows))
-    write_index(out, fingerprints, digests)
+    write_index(out, names)
     return absent
 
 

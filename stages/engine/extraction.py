@@ -60,9 +60,9 @@ def write_store(
     in_order = [heads[shard.part] for shard in shards]
     _check_bad_fraction(target, inputs, in_order, params.corpus.max_bad_fraction)
     _warn_of_mixture(target, in_order)
-    fingerprints = {f"shard-{i:05d}.h5": str(head.attributes["fingerprint"]) for i, head in enumerate(in_order)}
-    _assemble(target, dict(zip(fingerprints, (shard.part for shard in shards), strict=True)))
-    write_index(target.out, fingerprints, (digest for head in in_order for digest in head.digests), **origin)
+    names = [f"shard-{i:05d}.h5" for i in range(len(shards))]
+    _assemble(target.out, dict(zip(names, (shard.part for shard in shards), strict=True)))
+    write_index(target.out, names, in_order, **origin)
     if not params.runtime.keep_parts and shards:
         shutil.rmtree(shards[0].part.parent)
 
@@ -122,12 +122,12 @@ def _warn_of_mixture(target: Target, heads: Sequence[Head]) -> None:
                   f"then dvc repro -f -s {target.stage}", file=sys.stderr)
 
 
-def _assemble(target: Target, parts: Mapping[str, Path]) -> None:
+def _assemble(out: Path, parts: Mapping[str, Path]) -> None:
     """Link (or, across file systems, copy) the parts into the out folder; nothing is ever written through a link."""
-    empty_folder(target.out)
+    empty_folder(out)
     for name, part in parts.items():
         try:
-            os.link(part, target.out / name)
+            os.link(part, out / name)
         except OSError:
-            with open(part, "rb") as source, replacing(target.out / name, "wb") as copy:
+            with open(part, "rb") as source, replacing(out / name, "wb") as copy:
                 shutil.copyfileobj(source, copy)

@@ -87,6 +87,7 @@ class Faces(Section):
     detector: Literal["centerface", "openface"]
     openface_binary: str | None
     stride: Positive
+    detect_every: Positive
     size: Annotated[int, Field(ge=16)]
     min_confidence: Fraction
     quality: Quality
@@ -178,6 +179,7 @@ class EmoVCLIP(Section):
 
 class Fusion(Section):
     modalities: Annotated[list[str], Field(min_length=1)]
+    architecture: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     standardize: bool
     modality_dropout: Probability
     keep_one: bool
@@ -188,7 +190,6 @@ class Fusion(Section):
     learning_rate: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
-    missing: Literal["report", "off"]
 
 
 class SelfTraining(Section):
@@ -203,6 +204,7 @@ class SelfTraining(Section):
 class Evaluate(Section):
     bootstrap: Positive
     seed: NonNegative
+    missing: Literal["report", "off"]
 
 
 class Device(Section):

@@ -96,12 +96,16 @@ def write_shard(path: Path, kind: str, rows: Sequence[Row], attributes: Mapping[
         target.write(content)
 
 
-def write_index(folder: Path, fingerprints: Mapping[str, str], digests: Iterable[bytes], **origin: str) -> None:
-    """Write the folder's index.json: the store's shards with their fingerprints, and the digest of all its clips.
+def write_index(folder: Path, names: Sequence[str], heads: "Sequence[Head] | None" = None, **origin: str) -> None:
+    """Write the folder's index.json: the store's shards in order, and the digest of all its clips.
 
-    origin: what the store was made from, as digests: `source`, its inputs, and `loaded`, local checkpoints.
+    heads: the shards' own, read if not given. origin: what the store was made from, as digests: `source`, its inputs,
+    and `loaded`, local checkpoints.
     """
-    write_json(folder / INDEX, {"digest": _joined(digests), **origin, "shards": dict(fingerprints)})
+    heads = heads or [read_head(folder / name) for name in names]
+    digest = _joined(digest for head in heads for digest in head.digests)
+    shards = {name: head.attributes["fingerprint"] for name, head in zip(names, heads, strict=True)}
+    write_json(folder / INDEX, {"digest": digest, **origin, "shards": shards})
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def _write_rows(file: h5py.File, kind: str, rows: Sequence[Row]) -> None:
 
 
 def _write_statistics(file: h5py.File, rows: Sequence[Row]) -> None:
-    dimension = int(file.attrs["dimension"]) * int(file.attrs["folds"])
+    dimension = int(file.attrs["dimension"]) * int(file.attrs.get("folds", 1))
     for name in ("mean", "var"):
         found = [getattr(row, name) for row in rows]
         if name == "var" and not file.attrs["variance"]:
@@ -277,7 +281,7 @@ class Store:
             return file[f"item_{name}"][start:end]
 
     def _stack(self, name: str) -> np.ndarray:
-        stacked = np.empty((len(self), int(self.attrs["dimension"]) * int(self.attrs["folds"])), np.float32)
+        stacked = np.empty((len(self), int(self.attrs["dimension"]) * int(self.attrs.get("folds", 1))), np.float32)
         start = 0
         for shard in self._shards:
             count = len(shard.columns["clip_id"])
@@ -303,11 +307,11 @@ class Head:
     digests: list[bytes]
 
 
-def read_head(path: Path, fingerprint: str) -> Head:
-    """The head of one shard. Raises PipelineError if that is damaged, the file cut off or foreign."""
+def read_head(path: Path, fingerprint: str | None = None) -> Head:
+    """The head of one shard. Raises PipelineError if that is damaged, the file cut off, or not of the fingerprint."""
     shard = _open(path)
     found = shard.attrs.get("fingerprint")
-    if found != fingerprint:
+    if fingerprint not in (None, found):
         raise PipelineError(f"{path}: found fingerprint {found}, expected {fingerprint}")
     columns = (shard.columns[name] for name in ("clip_id", "present", "reason", "died"))
     rows = [

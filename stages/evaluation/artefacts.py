@@ -29,7 +29,7 @@ class Predictions:
 
     @property
     def by_seed(self) -> np.ndarray:
-        """(S, others, L): the equal-weight mean of the folds' softmaxes [paper 4.1]."""
+        """(S, others, L): the equal-weight mean of the folds' softmaxes [choice]."""
         return self.votes.mean(axis=1)
 
     @property

@@ -7,8 +7,9 @@ cv.waf_best_epoch    each fold's validation WAF at the epoch that is best on tha
 cv.waf_last_epoch    the same at the last epoch: no epoch was picked.
 cv.out_of_fold_waf   WAF of all labelled clips at once, each predicted by its own fold's model at the last
                      epoch. cv.interval, cv.accuracy and cv.per_class belong to these predictions.
-test.waf             each fold's model at its best epoch, the equal-weight mean of the folds' softmaxes [paper
-                     4.1], over the test clips whose truth is known (test.clips of them), with test.interval.
+test.waf             each fold's model at its best epoch, the equal-weight mean of the folds' softmaxes [choice:
+                     the baseline averages their logits], over the test clips whose truth is known (test.clips of
+                     them), with test.interval.
 test.ensemble_waf    the seeds' softmaxes averaged too: what predictions.csv and submission.csv hold.
 unlabelled           like test, over the unlabelled clips whose truth is known.
 round0               the same figures before self-training. From round 1 on, cv is a little optimistic: the

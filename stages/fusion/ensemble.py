@@ -1,23 +1,30 @@
 """A trained ensemble, seeds x folds models: prediction, and the files of models/fusion and models/self_training."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from stages.engine.devices import cores, lanes
 from stages.engine.errors import PipelineError, one_line
-from stages.engine.files import empty_folder, replacing, write_json
+from stages.engine.files import empty_folder, replacing, write_json, write_tensors
 from stages.evaluation import metrics
-from stages.fusion.features import Inputs, Modality, Statistics, affine
-from stages.fusion.model import Architecture, Parameters, logits_and_attention
+from stages.fusion.architectures import Architecture
+from stages.fusion.features import Inputs, Standardised, Statistics
 
 PREDICT_ROWS = 1024  # clips per chunk: bounds the memory of a prediction, whatever the number of clips
+
+
+def lane_count(device: torch.device, tasks: int) -> int:
+    """How many models or chunks are computed side by side: on a CPU one per core; on a GPU one."""
+    return max(1, min(cores(), tasks)) if device.type == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -27,82 +34,82 @@ class Ensemble:
     architecture: Architecture
     label_names: tuple[str, ...]
     seeds: tuple[int, ...]
-    parameters: Tensor  # (S, F, P) float32
+    weights: dict[str, Tensor]  # the models' state dicts, stacked: (S, F, ...) float32
     statistics: Statistics  # per modality mean and scale (F, D)
-    dropout: float  # it was trained with; prediction never drops
+    learned_from: dict[str, Any] = field(default_factory=dict)  # per modality its entry in data/modalities.json then
+
+    @property
+    def folds(self) -> int:
+        return next(iter(self.weights.values())).shape[1]
+
+    @property
+    def parameters_per_model(self) -> int:
+        return sum(values[0, 0].numel() for values in self.weights.values())
+
+    def model(self, seed: int, fold: int, device: torch.device) -> nn.Module:
+        """The model of the seed at this position and this fold, in evaluation mode."""
+        with torch.device("meta"):
+            model = self.architecture.build()
+        state = {name: values[seed, fold].to(device) for name, values in self.weights.items()}
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
     def predict(self, inputs: Inputs, rows: np.ndarray, removed: frozenset[str] = frozenset()) -> Tensor:
         """Softmax of every model for the clips `rows` (row numbers of inputs): (S, F, len(rows), L) float32, CPU."""
         return self.predict_with_attention(inputs, rows, removed)[0]
 
-    @torch.inference_mode()
     def predict_with_attention(
         self, inputs: Inputs, rows: np.ndarray, removed: frozenset[str] = frozenset()
     ) -> tuple[Tensor, Tensor]:
-        """What predict gives, and every model's raw attention scores: (S, F, len(rows), modalities) float32, CPU.
+        """What predict gives, and every model's attention scores: (S, F, len(rows), modalities) float32, CPU, NaN
+        where the architecture has none.
 
-        A modality in `removed` counts as absent for every clip: its input is zeros after standardisation, as for
-        a clip that lacks it and as modality dropout makes it. Streams over the clips in chunks; the fold's
-        standardisation is folded into the first layer, so a chunk is converted once, not once per fold.
+        A modality in `removed` counts as absent from every clip: its input is zeros after standardisation, as for
+        a clip that lacks it and as modality dropout makes it. Streams over the clips in chunks, on a CPU side by side.
         """
-        seeds, folds, _ = self.parameters.shape
-        modalities = self.architecture.modalities
-        parameters = self.architecture.views(self.parameters.to(inputs.device))  # (S, F, ...)
-        flat = {name: values.flatten(0, 1) for name, values in parameters.items()}  # (M, ...)
-        by_name = {modality.name: modality for modality in inputs.modalities}
-        used = [by_name[name] for name in modalities if name not in removed]
-        folded = {modality.name: self._fold_standardisation(modality, parameters) for modality in used}
-        output = torch.empty(seeds, folds, len(rows), self.architecture.labels)
-        attention = torch.empty(seeds, folds, len(rows), len(modalities))
-        for start in range(0, len(rows), PREDICT_ROWS):
-            chunk = torch.from_numpy(rows[start : start + PREDICT_ROWS]).to(inputs.device)
-            first = []
-            for name in modalities:
-                bias = flat[f"encoders.{name}.linear_1.bias"][:, None]
-                if name in removed:
-                    first.append(bias.expand(-1, len(chunk), -1))
-                    continue
-                weight, shift = folded[name]
-                values = by_name[name].matrix[:, chunk].float()
-                # (G, n, D) x (S, F, h, D): one product for all models where the folds share the features
-                equation = "nd,sfhd->sfnh" if len(values) == 1 else "fnd,sfhd->sfnh"
-                product = torch.einsum(equation, values[0] if len(values) == 1 else values, weight).flatten(0, 1)
-                product += shift.flatten(0, 1)[:, None] * by_name[name].present[chunk][:, None]
-                first.append(product + bias)
-            found, scores = logits_and_attention(flat, modalities, first)
-            part = slice(start, start + len(chunk))
-            output[:, :, part] = found.softmax(dim=-1).unflatten(0, (seeds, folds)).cpu()
-            attention[:, :, part] = scores.unflatten(0, (seeds, folds)).cpu()
-        return output, attention
+        modalities, device = self.architecture.modalities, inputs.device
+        models = [[self.model(s, fold, device) for s in range(len(self.seeds))] for fold in range(self.folds)]
+        feeds = [Standardised(inputs.select(modalities), self.statistics, fold) for fold in range(self.folds)]
+        output = torch.empty(len(self.seeds), self.folds, len(rows), self.architecture.labels)
+        attention = torch.full((*output.shape[:3], len(modalities)), torch.nan)
 
-    def _fold_standardisation(self, modality: Modality, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """(weight (S, F, h, D), shift (S, F, h)) with weight . matrix row + shift = the layer's weight . input."""
-        factor, offset = affine(modality, *(t.to(modality.matrix.device) for t in self.statistics[modality.name]))
-        weight = parameters[f"encoders.{modality.name}.linear_1.weight"]
-        return weight * factor[None, :, None], torch.einsum("sfhd,fd->sfh", weight, offset)
+        @torch.inference_mode()
+        def chunk(start: int) -> None:
+            part = slice(start, start + PREDICT_ROWS)
+            chosen = torch.from_numpy(rows[part]).to(device)
+            for fold, feed in enumerate(feeds):
+                clips = feed(chosen, removed)
+                for s, model in enumerate(models[fold]):
+                    logits, scores = model(*clips)
+                    output[s, fold, part] = logits.softmax(dim=-1).cpu()
+                    if scores is not None:
+                        attention[s, fold, part] = scores.cpu()
+
+        starts = range(0, len(rows), PREDICT_ROWS)
+        with lanes(lane_count(device, len(starts))) as pool:
+            list(pool.map(chunk, starts))
+        return output, attention
 
     def save(self, folder: Path) -> None:
         """Write ensemble.safetensors and ensemble.json.
 
-        Tensors: every parameter (S, F, ...), weights (out, in); standardize.<modality>.mean and .scale (F, D).
+        Tensors: every weight of the architecture's module (S, F, ...), encoders by the modality's position;
+        standardize.<modality>.mean and .scale (F, D).
         """
-        tensors = dict(self.architecture.views(self.parameters))
+        tensors = dict(self.weights)
         for name, (mean, scale) in self.statistics.items():
             tensors |= {f"standardize.{name}.mean": mean, f"standardize.{name}.scale": scale}
-        content = save({name: t.cpu().contiguous() for name, t in tensors.items()})
-        with replacing(folder / "ensemble.safetensors", "wb") as file:
-            file.write(content)
-        shapes = zip(self.architecture.modalities, self.architecture.dimensions, strict=True)
+        write_tensors(folder / "ensemble.safetensors", tensors)
+        shape = asdict(self.architecture)
+        modalities = zip(shape.pop("modalities"), shape.pop("dimensions"), strict=True)
         description = {
-            "modalities": [{"name": name, "dimension": dimension} for name, dimension in shapes],
-            "hidden": self.architecture.hidden,
-            "dropout": self.dropout,
+            "architecture": shape.pop("name"),
+            "modalities": [{"name": name, "dimension": dimension} for name, dimension in modalities],
+            **shape,
             "labels": list(self.label_names),
-            "folds": self.parameters.shape[1],
+            "folds": self.folds,
             "seeds": list(self.seeds),
-            "learned_from": {
-                entry["name"]: entry for entry in json.loads(Path("data/modalities.json").read_text())["modalities"]
-            },
+            "learned_from": self.learned_from,
         }
         write_json(folder / "ensemble.json", description)
 
@@ -113,31 +120,32 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     try:
         description = json.loads((Path(folder) / "ensemble.json").read_text(encoding="utf-8"))
         tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PipelineError(f"{folder}: can't read the ensemble ({one_line(error)})") from None
-    architecture = Architecture(
-        tuple(modality["name"] for modality in description["modalities"]),
-        tuple(modality["dimension"] for modality in description["modalities"]),
-        description["hidden"],
-        len(description["labels"]),
-    )
-    leading = (len(description["seeds"]), description["folds"])
-    parameters = torch.empty(*leading, architecture.size)
+        architecture = Architecture(
+            description["architecture"],
+            tuple(modality["name"] for modality in description["modalities"]),
+            tuple(modality["dimension"] for modality in description["modalities"]),
+            len(description["labels"]),
+            *(description[name] for name in ("hidden", "dropout", "modality_dropout", "keep_one")),
+        )
+        labels, seeds = tuple(description["labels"]), tuple(description["seeds"])
+        folds, learned_from = description["folds"], description["learned_from"]
+        with torch.device("meta"):
+            shapes = {name: tuple(values.shape) for name, values in architecture.build().state_dict().items()}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise PipelineError(f"{folder}: can't read the ensemble ({one_line(error)}); make it anew with: dvc repro"
+                            ) from None
+    weights = {name: _tensor(path, tensors, name, (len(seeds), folds, *shape)) for name, shape in shapes.items()}
     statistics = {}
-    for name, view in architecture.views(parameters).items():
-        view.copy_(_tensor(path, tensors, name, tuple(view.shape)))
     for name, dimension in zip(architecture.modalities, architecture.dimensions, strict=True):
-        shape = (leading[1], dimension)
-        mean, scale = (_tensor(path, tensors, f"standardize.{name}.{part}", shape) for part in ("mean", "scale"))
+        mean, scale = (_tensor(path, tensors, f"standardize.{name}.{p}", (folds, dimension)) for p in ("mean", "scale"))
         statistics[name] = (mean, scale)
-    labels, seeds = tuple(description["labels"]), tuple(description["seeds"])
-    return Ensemble(architecture, labels, seeds, parameters, statistics, description["dropout"])
+    return Ensemble(architecture, labels, seeds, weights, statistics, learned_from)
 
 
 def _tensor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     found = tuple(tensors[name].shape) if name in tensors else "nothing"
     if found != shape:
-        raise PipelineError(f"{path}: {name}: found {found}, expected {shape}")
+        raise PipelineError(f"{path}: {name}: found {found}, expected {shape}; make it anew with: dvc repro")
     return tensors[name]
 
 
@@ -187,9 +195,7 @@ def save_outputs(folder: Path, inputs: Inputs, outputs: Outputs, curves: pd.Data
     """
     empty_folder(folder)
     outputs.ensemble.save(folder)
-    tensors = {name: getattr(outputs, name).contiguous() for name in PREDICTIONS}
-    with replacing(folder / "predictions.safetensors", "wb") as file:
-        file.write(save(tensors))
+    write_tensors(folder / "predictions.safetensors", {name: getattr(outputs, name) for name in PREDICTIONS})
     rows = np.concatenate([inputs.labelled, inputs.others])
     clips = pd.DataFrame({"clip_id": np.array(inputs.clip_ids, dtype=object)[rows], "split": inputs.splits[rows]})
     for name, table in (("clips.csv", clips), ("curves.csv", curves)):

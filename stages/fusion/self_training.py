@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.engine.files import replacing
+from stages.engine.files import write_tensors
 from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.ensemble import PREDICTIONS, Ensemble, Outputs, cross_validation
 from stages.fusion.features import Inputs
@@ -120,10 +120,8 @@ def pseudo_labels_in_use(p: SelfTraining, taken: pd.DataFrame, chosen: pd.DataFr
 
 
 def _same(chosen: pd.DataFrame, taken: pd.DataFrame) -> bool:
-    def keys(table: pd.DataFrame) -> set[tuple[int, int, int]]:
-        return set(zip(table["seed"], table["row"], table["label"], strict=True))
-
-    return keys(chosen) == keys(taken)
+    one, other = (set(zip(table["seed"], table["row"], table["label"], strict=True)) for table in (chosen, taken))
+    return one == other
 
 
 def _train_round(
@@ -147,7 +145,7 @@ def _unimodal_opinions(inputs: Inputs, fusion: Fusion, folder: Path) -> np.ndarr
             outputs = train(alone, recipe, labels, f"self_train {modality.name} alone")
             classes = outputs.votes.mean(dim=1).argmax(dim=-1)
             opinions.append(torch.where(modality.present.cpu()[inputs.others], classes, -1))
-        _write_whole(path, {"opinions": torch.stack(opinions, dim=1)})
+        write_tensors(path, {"opinions": torch.stack(opinions, dim=1)})
     return load_file(path)["opinions"].numpy()
 
 
@@ -196,18 +194,13 @@ def pseudo_label_table(inputs: Inputs, done: Round) -> pd.DataFrame:
 def _write_round(path: Path, done: Round) -> None:
     tensors = {f"chosen.{name}": torch.from_numpy(done.chosen[name].to_numpy(copy=True)) for name in CHOSEN}
     tensors |= {name: getattr(done.outputs, name) for name in PREDICTIONS}
-    _write_whole(path, {**tensors, "parameters": done.outputs.ensemble.parameters})
+    weights = {f"weights.{name}": values for name, values in done.outputs.ensemble.weights.items()}
+    write_tensors(path, {**tensors, **weights})  # its existence means done
 
 
 def _read_round(path: Path, number: int, like: Ensemble) -> Round:
     """A finished round; `like` gives what all rounds share: architecture, seeds, the folds' standardisation."""
     tensors = load_file(path)
     chosen = pd.DataFrame({name: tensors[f"chosen.{name}"].numpy() for name in CHOSEN})
-    ensemble = replace(like, parameters=tensors["parameters"])
+    ensemble = replace(like, weights={name: tensors[f"weights.{name}"] for name in like.weights})
     return Round(number, chosen, Outputs(ensemble, *(tensors[name] for name in PREDICTIONS)))
-
-
-def _write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; its existence means done."""
-    with replacing(path, "wb") as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))

@@ -30,6 +30,6 @@ def _faces_row(clip_id: str, path: Source, faces: Faces, time_limit: float) -> R
                                 "segments of files; expected centerface")
         found = openface.crop_clip(path, *options, faces.openface_binary, time_limit)
     else:
-        found = centerface.crop_clip(path, *options)
+        found = centerface.crop_clip(path, *options, faces.detect_every)
     crops, indices, confidences, note = found
     return Row(clip_id, values=crops, reason=note, items={"frame": indices, "confidence": confidences})

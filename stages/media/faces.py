@@ -95,15 +95,15 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
 
 
-def align(image: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
+def align(image: np.ndarray, landmarks: np.ndarray, size: int, spacing: float = 1.0) -> np.ndarray:
     """The face upright and centred: RGB uint8 (size, size, 3), landmarks on TEMPLATE by a similarity.
 
     A face larger than the crop is drawn several times finer and averaged down, so that nothing
-    aliases. Outside the frame its border is continued.
+    aliases: with samples at most `spacing` pixels of the frame apart. Outside the frame its border is continued.
     """
     fit = similarity(np.asarray(landmarks, np.float64), TEMPLATE * (size / TEMPLATE_SIZE))
     scale = np.hypot(fit[0, 0], fit[1, 0])
-    finer = int(np.clip(np.ceil(1 / scale), 1, MAX_SUPERSAMPLING))
+    finer = int(np.clip(np.ceil(1 / (scale * spacing)), 1, MAX_SUPERSAMPLING))
     # pixel centres lie at + 0.5; OpenCV counts from them
     warp = fit * finer
     warp[:, 2] += warp[:, :2] @ (0.5, 0.5) - 0.5

@@ -1,0 +1,86 @@
+"""What every fusion architecture shares: how it is found by its name, and its dropout.
+
+An architecture is one module of this folder, which `fusion.architecture` in params.yaml names, with a class
+
+    Model(architecture: Architecture, generator: torch.Generator | None), a torch.nn.Module;
+    forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention.
+
+The class draws all its randomness in training from `generator`, with Dropout below instead of torch.nn.Dropout: models
+are trained side by side in threads, among which torch's one global generator would be shared out by chance. Layers are
+made as usual: the weights' first values are drawn from torch's global generator before the threads begin.
+"""
+
+import importlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stages.engine.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that a model is built from but its weights."""
+
+    name: str  # the module in stages/fusion
+    modalities: tuple[str, ...]
+    dimensions: tuple[int, ...]  # features per modality
+    labels: int
+    hidden: int
+    dropout: float
+    modality_dropout: float
+    keep_one: bool
+
+    def build(self, generator: torch.Generator | None = None) -> nn.Module:
+        """A model with fresh weights on the current default device. PipelineError for a name that is no fusion's."""
+        module = f"stages.fusion.{self.name}"
+        known = str(self.name).isidentifier() and find_spec(module)  # a bundle's name may be anything
+        model = getattr(importlib.import_module(module), "Model", None) if known else None
+        if model is None:
+            raise PipelineError(f"params.yaml: fusion.architecture: found {self.name!r}, expected a module of "
+                                f"stages/fusion with a class Model")
+        return cast(nn.Module, model(self, generator))
+
+
+class Dropout(nn.Module):
+    """torch.nn.Dropout with a generator of its own: a number is zeroed with probability p, else divided by 1 - p.
+
+    p is rounded to 1 / 65536: four int16 of each int64 that is drawn cost a seventh of what bernoulli_ does on a CPU,
+    where that alone is a third of an epoch.
+    """
+
+    def __init__(self, p: float, generator: torch.Generator | None):
+        super().__init__()
+        self.p, self.generator = p, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits.lt_(min(round((1 - self.p) * 2**16), 2**16 - 1) - 2**15)  # uniform over [-2^15, 2^15)
+        return x * (kept * (1 / (1 - self.p)))
+
+
+def keep_modalities(present: Tensor, architecture: Architecture, generator: torch.Generator | None) -> Tensor:
+    """Modality dropout [paper eq. 2]: which modalities of which clips stay; (B, modalities) bool, as `present` is.
+
+    Each modality goes with probability p, independently. keep_one [choice]: a clip that lost every modality it has is
+    drawn again until it keeps one. That is the distribution conditional on keeping at least one, which is drawn here
+    directly, modality by modality: as long as nothing is kept and r present ones are left, the next stays with
+    probability (1 - p) / (1 - p^r), else with 1 - p.
+    """
+    p = architecture.modality_dropout
+    uniform = torch.rand(present.shape, device=present.device, generator=generator)
+    if not architecture.keep_one:
+        return uniform < 1 - p
+    left = present.flip(-1).cumsum(-1).flip(-1)  # present modalities from this one on
+    conditional = (1 - p) / (1 - p ** left.clamp(min=1).float())
+    kept, any_kept = torch.zeros_like(present), torch.zeros_like(present[:, 0])
+    for i in range(present.shape[1]):
+        kept[:, i] = uniform[:, i] < torch.where(any_kept, 1 - p, conditional[:, i])
+        any_kept |= kept[:, i] & present[:, i]
+    return kept
