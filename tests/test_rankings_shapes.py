@@ -506,3 +506,10 @@ def test_a_proxy_that_can_not_be_used_is_one_line(
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
     monkeypatch.setenv("NO_PROXY", "*")
     connect(openai.OpenAI, chat(server.url), 1.0).close()
+
+
+def test_a_server_that_answers_nobody_is_given_up_early(server: Server, store: Cache) -> None:
+    server.default = raw(b"<html>log in to the network</html>", "text/html")
+    with pytest.raises(PipelineError, match="no reply to 2 transcripts and none to any before, .*no JSON; 0 of 50"):
+        ask(server, store, [f"第{i}句" for i in range(50)], patience=Patience(attempts=3, first_wait=0.005))
+    assert len(server.requests) <= 16 * 3
