@@ -6,9 +6,17 @@ from pathlib import Path
 from stages.corpora.folders import EXPECTED, NOTHING, escaped, say_left_out, scan, what_is
 from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError
+from stages.engine.manifest import Segment, Source
 
 # Columns of a transcript table: predict's own output, data/transcripts.csv, any other, and the MER corpora's
 FORMS = (("clip", "transcript"), ("clip_id", "transcript"), ("name", "transcript"), ("name", "chinese"))
+
+
+def name_of(clip: Source) -> str:
+    """How a clip is called in messages, and told from others: its path, and of a segment its seconds."""
+    if isinstance(clip, Segment):
+        return f"{clip.path} {clip.start:.3f}-{'' if clip.end is None else format(clip.end, '.3f')} s"
+    return str(clip)
 
 
 def find_clips(arguments: Sequence[str]) -> list[Path]:
