@@ -12,23 +12,29 @@ from stages.engine.inputs import identity, ranked_item, row_inputs
 from stages.engine.manifest import Source
 from stages.engine.params import Params
 from stages.engine.workers import Workers
+from stages.inference.clips import digest_of
 from stages.inference.media import Decoding, media_functions
 from stages.inference.trained import Trained
 from stages.rankings.cache import Answer
+from stages.rankings.clips import item_of
 from stages.rankings.providers import rank
 
 
 class Texts:
     """Transcripts and, where an encoder wants them, rankings."""
 
-    def __init__(self, transcripts: Mapping[Source, str], answers: Mapping[str, Answer]):
+    def __init__(
+        self, transcripts: Mapping[Source, str], answers: Mapping[str, Answer],
+        items: Mapping[Source, str] | None = None,
+    ):
         self._transcripts, self._answers = transcripts, answers
+        self._items = transcripts if items is None else items  # what the ranking provider was asked for each clip
 
     def transcript(self, clip: Source) -> str:
         return self._transcripts.get(clip, "")
 
     def ranking(self, clip: Source) -> list[str] | None:
-        answer = self._answers.get(self.transcript(clip))
+        answer = self._answers.get(self._items.get(clip, ""))
         return answer.ranking if answer else None
 
     def item(self, clip: Source, medium: str) -> Any:
@@ -36,7 +42,7 @@ class Texts:
         transcript = self.transcript(clip)
         if medium == "transcripts.csv" or not transcript:
             return transcript
-        answer = self._answers[transcript]
+        answer = self._answers[self._items[clip]]
         return ranked_item(transcript, answer.ranking, answer.reason)
 
 
@@ -53,8 +59,13 @@ def find_texts(trained: Trained, clips: Sequence[Source], given: Mapping[Source,
     if wordless and p.transcribe.checkpoint:
         transcripts |= recognize(wordless, p, workers)
     distinct = list(dict.fromkeys(text for clip in clips if (text := transcripts.get(clip))))
-    ranked = distinct and "rankings.jsonl" in trained.media
-    return Texts(transcripts, rank(distinct, p) if ranked else {})
+    if not distinct or "rankings.jsonl" not in trained.media:
+        return Texts(transcripts, {})
+    if p.rankings.input == "transcript":
+        return Texts(transcripts, rank(distinct, p))
+    items = {clip: item_of(digest_of(clip), text) for clip in clips if (text := transcripts.get(clip))}
+    answers = rank(list(dict.fromkeys(items.values())), p, {item: clip for clip, item in items.items()})
+    return Texts(transcripts, answers, items)
 
 
 def recognize(clips: Sequence[Source], p: Params, workers: Workers) -> dict[Source, str]:
