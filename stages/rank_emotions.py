@@ -16,7 +16,7 @@ from typing import Any
 
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing
-from stages.engine.manifest import read_manifest, read_transcripts
+from stages.engine.manifest import Source, read_manifest, read_transcripts, source_of
 from stages.engine.params import Params, load
 from stages.rankings.cache import FOLDER, Answer
 from stages.rankings.clips import item_of
@@ -34,7 +34,7 @@ class Row:
     transcript: str
     clip_ids: list[str]
     item: str = ""
-    path: Path = Path()
+    path: Source = ""
 
     def asks(self, p: Params) -> str:
         """What the voice is asked; "" for nothing."""
@@ -48,7 +48,7 @@ def read_work(asked: Iterable[Params]) -> list[Row]:
     if sent:
         folder = Path(sent[0].corpus.path)
         clips = [(clip, transcripts.get(clip.clip_id, "")) for clip in read_manifest()]
-        return [Row(text, [c.clip_id], item_of(c.digest, text), folder / c.path) for c, text in clips]
+        return [Row(text, [c.clip_id], item_of(c.digest, text), source_of(c, folder)) for c, text in clips]
     clip_ids: dict[str, list[str]] = {}
     for clip_id, text in transcripts.items():
         if text:
