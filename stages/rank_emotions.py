@@ -13,8 +13,10 @@ from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing
 from stages.engine.manifest import read_transcripts
 from stages.engine.params import Params, load
-from stages.rankings.cache import FOLDER, Answer
-from stages.rankings.providers import rank
+from stages.engine.plan import left_out
+from stages.rankings.cache import FOLDER, Answer, Cache
+from stages.rankings.earlier import earlier_answers
+from stages.rankings.providers import model_identity, rank, unanswered
 
 OUT = Path("data/rankings.jsonl")
 REASONS_SHOWN = 3
@@ -35,10 +37,27 @@ def check_failures(answers: Mapping[str, Answer], p: Params) -> None:
     print(f"rank_emotions: {text}; `dvc repro -f -s rank_emotions` asks for these again")
 
 
-def write_rankings(clips: Mapping[str, Sequence[str]], answers: Mapping[str, Answer], p: Params) -> None:
-    """One JSON line per distinct transcript, in order of first appearance; `clips` are the clips of each."""
+def known_answers(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
+    """What was paid for before, here or as dvc.lock has it: DVC deletes the file that it may be known from alone."""
+    if p.rankings.provider == "lexicon" or not transcripts:
+        return {}
+    cache = Cache(p.rankings.provider, model_identity(p.rankings), p.rankings.prompt_version, p.corpus.labels)
+    with cache.asking():
+        cache.append(earlier_answers(unanswered(transcripts, cache.load(transcripts)), p, needed=False))
+        return {text: answer for text, answer in cache.load(transcripts).items() if answer.ranking is not None}
+
+
+def write_rankings(clips: Mapping[str, Sequence[str]], answers: Mapping[str, Answer], p: Params,
+                   left_out: str | None = None) -> None:
+    """One JSON line per distinct transcript, in order of first appearance; `clips` are the clips of each.
+
+    left_out: why the other transcripts were not asked for; a line of no clip says so where there would be none.
+    """
+    ranked = {transcript: clip_ids for transcript, clip_ids in clips.items() if transcript in answers}
     with replacing(OUT) as file:
-        for transcript, clip_ids in clips.items():
+        if left_out and not ranked:
+            file.write(json.dumps({"transcript": "", "ranking": None, "clip_ids": [], "reason": left_out}) + "\n")
+        for transcript, clip_ids in ranked.items():
             answer = answers[transcript]
             row = {
                 "transcript": transcript,
@@ -61,6 +80,14 @@ def main() -> None:
     for clip_id, transcript in read_transcripts().items():
         if transcript.strip():
             clips.setdefault(transcript, []).append(clip_id)
+    if reason := left_out("rankings.jsonl"):
+        known = known_answers(list(clips), p)
+        write_rankings(clips, known, p, reason)
+        print(f"rank_emotions: nothing is ranked: {reason}; {len(known)} of {len(clips)} transcripts were before")
+        return
+    if not clips:
+        raise PipelineError("data/transcripts.csv: no clip has a transcript, but fusion.modalities names rows that "
+                            "read rankings; expected transcripts in the corpus, transcribe.checkpoint, or others")
     answers = rank(list(clips), p)
     check_failures(answers, p)
     write_rankings(clips, answers, p)

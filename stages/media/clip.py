@@ -20,7 +20,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
-from stages.engine.errors import Skip
+from stages.engine.errors import NO_FILE, NO_STREAM, Skip
 from stages.engine.manifest import Segment, Source
 
 # Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
@@ -40,6 +40,8 @@ SLACK_SHARE = 0.02
 
 def open_clip(path: str | Path) -> InputContainer:
     """Open a clip for reading, whatever its extension says. Skip if it is not a media file, OSError if it is away."""
+    if not path:
+        raise Skip(NO_FILE)
     try:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol
         container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")
@@ -106,7 +108,7 @@ class Reader:
             if stream.type == kind and not stream.disposition & Disposition.attached_pic  # cover art is no video
         ]
         if not streams:
-            raise Skip(f"no {kind} stream")
+            raise Skip(NO_STREAM[kind])
         best = self.container.streams.best(kind)
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
