@@ -74,12 +74,12 @@ def checkpoint_fault(p: Params, checkpoint: str, revision: str | None) -> str:
     folder = Path(checkpoint)
     if made_here(p, checkpoint):
         return ""
+    if folder.is_relative_to("models/demo"):
+        return (f"{checkpoint}: is the demo's, and removed for other values of corpus.adapter; expected a folder of "
+                f"yours or a published checkpoint (presets/mer2024.yaml names the paper's)")
     if folder.is_dir():
         held = any(path.suffix in WEIGHTS for path in checkpoint_files(folder))
         return "" if held else f"{checkpoint}: no weights in that folder; expected .safetensors or .bin files"
-    if folder.is_relative_to("models/demo"):
-        return (f"{checkpoint}: is the demo's, made with corpus.adapter: demo only; expected a folder of yours or a "
-                f"published checkpoint (presets/mer2024.yaml names the paper's)")
     try:
         repository = _repository(checkpoint)
     except PipelineError as error:
