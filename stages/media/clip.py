@@ -277,5 +277,6 @@ def damage_note(decoded: float, declared: float | None, damaged: int) -> str:
 def probe_duration(path: str | Path) -> float | None:
     """Seconds that the container declares, without decoding; None where it says nothing. Skip as open_clip."""
     with open_clip(path) as container:
-        known = container.duration is not None and states_length(container, path)
-        return container.duration / av.time_base if known else None
+        if container.duration is None or not states_length(container, path):
+            return None
+        return container.duration / av.time_base

@@ -61,12 +61,10 @@ def _checkpoints(p: Params) -> Iterator[str]:
         needed["transcribe.checkpoint"] = p.transcribe.checkpoint, p.transcribe.revision
     if "rankings.jsonl" in media_read(p) and p.rankings.provider == "transformers":
         needed["rankings.model"] = p.rankings.model, p.rankings.revision
-    faults: dict[tuple[str, str | None], str] = {}
-    for key, named in needed.items():
-        if named not in faults:
-            faults[named] = checkpoint_fault(p, *named)
-        if faults[named]:
-            yield f"{key}: {faults[named]}"
+    faults = {named: checkpoint_fault(p, *named) for named in dict.fromkeys(needed.values())}
+    for fault in dict.fromkeys(filter(None, faults.values())):  # several params may name the same
+        keys = [f"{key} ({named[0]})" for key, named in needed.items() if faults[named] == fault]
+        yield f"{', '.join(keys)}: {fault}"
 
 
 def checkpoint_fault(p: Params, checkpoint: str, revision: str | None) -> str:
@@ -75,16 +73,16 @@ def checkpoint_fault(p: Params, checkpoint: str, revision: str | None) -> str:
     if made_here(p, checkpoint):
         return ""
     if folder.is_relative_to("models/demo"):
-        return (f"{checkpoint}: is the demo's, and removed for other values of corpus.adapter; expected a folder of "
-                f"yours or a published checkpoint (presets/mer2024.yaml names the paper's)")
+        return ("of the demo, and removed for other values of corpus.adapter; expected a folder of yours or a "
+                "published checkpoint (presets/mer2024.yaml names the paper's)")
     if folder.is_dir():
         held = any(path.suffix in WEIGHTS for path in checkpoint_files(folder))
-        return "" if held else f"{checkpoint}: no weights in that folder; expected .safetensors or .bin files"
+        return "" if held else "no weights in that folder; expected .safetensors or .bin files"
     try:
         repository = _repository(checkpoint)
     except PipelineError as error:
-        return f"{checkpoint}: {error}"
-    return _hub_fault(checkpoint, repository, revision)
+        return str(error)
+    return _hub_fault(repository, revision)
 
 
 def _repository(checkpoint: str) -> str:
@@ -104,7 +102,7 @@ def _repository(checkpoint: str) -> str:
     return repository
 
 
-def _hub_fault(checkpoint: str, repository: str, revision: str | None) -> str:
+def _hub_fault(repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -116,7 +114,7 @@ def _hub_fault(checkpoint: str, repository: str, revision: str | None) -> str:
         HfApi().model_info(repository, revision=revision, timeout=30)
     except Exception as error:
         at = f" at revision {revision}" if revision else ""
-        return f"{checkpoint}: no such folder, and the hub does not give it{at}: {one_line(error)}"
+        return f"no such folder, and the hub does not give it{at}: {one_line(error)}"
     return ""
 
 
@@ -154,5 +152,5 @@ def row_left_out(p: Params, name: str) -> str | None:
         if checkpoint == PROMPTS and left["emovclip"]:
             return left["emovclip"]
         if fault := checkpoint_fault(p, checkpoint, row.options.get("revision")):
-            return f"fusion.modalities does not name it, and {fault}"
+            return f"fusion.modalities does not name it, and its {checkpoint} is missing: {fault}"
     return None
