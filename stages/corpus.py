@@ -6,6 +6,7 @@ see, and in data/duplicates.csv the clips that it should not hold.
 Order: labelled, test, unlabelled, each by name, so that more unlabelled clips leave earlier shards as they are.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ ADAPTERS: dict[str, Callable[[Path, Sequence[str]], list[Entry]]] = {
     "emodb": emodb.read,
     "csv": csv_file.read,
 }
+WATCHED = (Path("data/truth"), Path("data/demo"))  # deps of this stage: dvc.yaml can't name a file that may be null
 ORDER = ("labelled", "test", "unlabelled")
 
 
@@ -58,9 +60,16 @@ def read_entries(p: Params) -> list[Entry]:
 
 
 def read_truth(p: Params, entries: list[Entry]) -> dict[str, str]:
-    """Labels of clips that are not labelled for training: from corpus.truth, or the csv adapter's own table."""
+    """Labels of clips that are not labelled for training: from corpus.truth, or the csv adapter's own table.
+
+    Raises PipelineError for a corpus.truth that is no dependency of this stage.
+    """
     truth = {entry.clip_id: entry.label for entry in entries if entry.split != "labelled" and entry.label}
     if p.corpus.truth is not None:
+        watched = [Path(p.corpus.path), *WATCHED]
+        if not any(Path(os.path.abspath(p.corpus.truth)).is_relative_to(os.path.abspath(folder)) for folder in watched):
+            raise PipelineError(f"corpus.truth: {p.corpus.truth} lies where DVC would not notice that it changes; put "
+                                f"it below {' or '.join(map(str, watched))}, and name it there")
         extra = label_column(Path(p.corpus.truth), p.corpus.labels)
         unknown = sorted(set(extra) - {entry.clip_id for entry in entries if entry.split != "labelled"})
         if unknown:

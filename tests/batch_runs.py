@@ -8,9 +8,8 @@ from typing import Any
 from batch_server import BatchServer
 from chat_server import KEY, LABELS, ranking_of
 
-from stages.rankings.cache import Cache
+from stages.rankings.cache import Cache, Question
 from stages.rankings.chat import Chat, Patience
-from stages.rankings.journal import Journal
 from stages.rankings.openai_batch import Batches
 
 HASTY = Patience(first_wait=0.005, longest_wait=0.02, timeout=20, first_poll=0.01, longest_poll=0.02, settle=0.2)
@@ -18,8 +17,11 @@ TRANSCRIPTS = [f"这是第{i}句话。" for i in range(7)]
 RANKINGS = {transcript: ranking_of(transcript) for transcript in TRANSCRIPTS}
 
 
+QUESTION = Question("openai", "gpt-test", "v1", tuple(LABELS))
+
+
 def store(folder: Path) -> Cache:
-    return Cache("openai", "gpt-test", "v1", LABELS, folder)
+    return Cache(QUESTION, folder)
 
 
 def ask(server: BatchServer, folder: Path, transcripts: list[str] = TRANSCRIPTS, **options: Any) -> Batches:
@@ -32,8 +34,8 @@ def ask(server: BatchServer, folder: Path, transcripts: list[str] = TRANSCRIPTS,
         chat = Chat("gpt-test", LABELS, "v1", server.url, KEY)
         batches = Batches(chat, cache, spent_usd=spent, **(defaults | options))
         wanted = [t for t in transcripts if t not in known or known[t].ranking is None]
-        if wanted or batches.journal.jobs():
-            batches.rank(wanted, cache.append)
+        if wanted or cache.jobs():
+            batches.rank(wanted)
     return batches
 
 
@@ -42,7 +44,7 @@ def rankings(folder: Path, transcripts: list[str] = TRANSCRIPTS) -> dict[str, li
 
 
 def nothing_under_way(folder: Path) -> bool:
-    return not list(Journal(store(folder)).folder.iterdir())
+    return not store(folder).jobs()
 
 
 def killed(

@@ -43,6 +43,8 @@ class BatchHandler(Handler):
     server: "BatchServer"
 
     def do_GET(self) -> None:
+        if self.path.startswith("/v1/models/"):
+            return super().do_GET()
         self._serve(b"")
 
     def do_POST(self) -> None:

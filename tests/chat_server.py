@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 KEY = "lab-0123456789-secret"  # without the vendor's prefix, by which a filter could recognise a key
@@ -48,6 +49,17 @@ class Handler(BaseHTTPRequestHandler):
             plan = fail(404, "no such path")
         plan(self, request)
 
+    def do_GET(self) -> None:
+        """The look-up of a model, where the server knows models; not counted as a request."""
+        name = unquote(self.path.removeprefix("/v1/models/"))
+        self.server.looked_up.append(name)
+        if self.server.models is None:
+            return self.send(404, b'{"detail": "Not Found"}')
+        if name in self.server.models:
+            return self.send(200, json.dumps({"id": name, "object": "model"} | self.server.models[name]).encode())
+        error = {"message": f"The model '{name}' does not exist", "code": "model_not_found", "param": "model"}
+        self.send(404, json.dumps({"error": error}).encode())
+
     def authorized(self) -> bool:
         return self.headers["Authorization"] == f"Bearer {self.server.key}"
 
@@ -78,6 +90,8 @@ class Server(ThreadingHTTPServer):
         self.default: Plan = answer
         self.answered: Counter[str] = Counter()
         self.key = KEY
+        self.models: dict[str, dict[str, Any]] | None = None  # what it says of each model; None: it has no such page
+        self.looked_up: list[str] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client that the test killed
@@ -89,7 +103,10 @@ class Server(ThreadingHTTPServer):
 
 
 def transcript_of(request: dict[str, Any]) -> str:
-    return json.loads(request["messages"][1]["content"].removeprefix("Transcript: "))
+    content = request["messages"][1]["content"]
+    if isinstance(content, list):  # with a clip
+        content = content[0]["text"]
+    return json.loads(content.removeprefix("Transcript: "))
 
 
 def completion(
@@ -129,12 +146,10 @@ def drop(handler: Handler, request: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
-def stall(seconds: float) -> Plan:
-    def plan(handler: Handler, request: dict[str, Any]) -> None:
-        time.sleep(seconds)
-        handler.close_connection = True
-
-    return plan
+def stall(handler: Handler, request: dict[str, Any]) -> None:
+    """No answer until the client hangs up."""
+    handler.rfile.read(1)
+    handler.close_connection = True
 
 
 def raw(body: bytes, content_type: str = "application/json") -> Plan:

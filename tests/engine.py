@@ -17,7 +17,6 @@ def small_shards(folder: Path) -> Params:
     values["corpus"]["shard_size"] = 4
     values["corpus"]["max_bad_fraction"] = 0.2
     values["runtime"]["device"] = "cpu"
-    values["runtime"]["batch_memory_mb"] = 1
     YAML().dump(values, folder / "params.yaml")
     return load()
 

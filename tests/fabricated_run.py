@@ -40,8 +40,8 @@ def fabricate(root: Path, confidence: float = 3.0, frames: bool = True, seed: in
                 for i, text in enumerate(SENTENCES)]
     (root / "data/rankings.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rankings))
     (root / "data/modalities.json").write_text(json.dumps({"modalities": [
-        {"name": "hubert", "dimension": 4, "statistics": ["mean"], "per_fold": False},
-        {"name": "emovclip", "dimension": 3, "statistics": ["mean"], "per_fold": True}]}))
+        {"name": "hubert", "dimension": 4, "statistics": ["mean"], "per_fold": False, "leaky": False},
+        {"name": "emovclip", "dimension": 3, "statistics": ["mean"], "per_fold": True, "leaky": False}]}))
 
     def softmax(classes: np.ndarray, *leading: int) -> np.ndarray:
         logits = generator.normal(size=(*leading, len(classes), 6)) + confidence * np.eye(6)[classes]

@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import Fusion, SelfTraining
-from stages.engine.store import Row, write_index, write_shard
+from stages.engine.store import Row, Store, write_index, write_shard
 from stages.fusion.features import Inputs, Modality
+from stages.gather_features import describe_modality
 
 ROOT = Path(__file__).parent.parent
 LABELS = ("neutral", "anger", "happiness", "sadness")
@@ -123,16 +124,7 @@ def _write_modality(root: Path, inputs: Inputs, modality: Modality) -> dict:
         Row(name, mean=value, var=value**2 if variance else None) if present else Row(name, reason="none")
         for name, value, present in zip(inputs.clip_ids, values, modality.present, strict=True)
     ]
-    attributes = {"dimension": values.shape[1], "variance": variance, "fingerprint": "test"}
-    attributes |= {"folds": groups} if groups > 1 else {}
+    attributes = {"dimension": modality.dimension, "variance": variance, "folds": groups, "fingerprint": "test"}
     write_shard(root / folder / "shard-00000.h5", "features", rows, attributes)
     write_index(root / folder, ["shard-00000.h5"])
-    return {
-        "name": modality.name,
-        "folder": str(folder),
-        "dimension": modality.dimension,
-        "statistics": ["mean", "var"] if variance else ["mean"],
-        "per_fold": groups > 1,
-        "present": int(modality.present.sum()),
-        "digest": {},
-    }
+    return describe_modality(modality.name, Store(root / folder)) | {"folder": str(folder)}

@@ -2,14 +2,14 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stages.engine.store import Row
-from stages.engine.work import Input
+from stages.engine.work import Input, Shard
 
 LOG = Path("log")  # in the shared folder: a line "clip node" whenever a clip is computed
 
@@ -45,9 +45,9 @@ class Words:
 
     def close(self) -> None: ...
 
-    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
-        for chunk in chunks:
-            yield [self._row(clip) for clip in chunk]
+    def shards(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, list[Row]]]:
+        for shard in shards:
+            yield shard, [self._row(clip) for clip in shard.clips]
 
     def _row(self, clip: Input) -> Row:
         node = note(clip.clip_id)

@@ -42,7 +42,7 @@ def run_media_stages(folder: Path, flips: int, cuts: int) -> dict[str, Path]:
     table = [("path", "split", "label", "name"), *((path.name, "labelled", "anger", path.name) for path in clips)]
     with open(folder / "clips/clips.csv", "w", newline="") as file:
         csv.writer(file).writerows(table)
-    for stage in ("corpus.__main__", *MEDIA):
+    for stage in ("corpus", *MEDIA):
         start = time.monotonic()
         (folder / "run.py").write_text(RUN.format(stage))
         done = subprocess.run([sys.executable, "run.py"], cwd=folder, text=True, capture_output=True)

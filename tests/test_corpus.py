@@ -285,6 +285,23 @@ def test_the_corpus_stage_keeps_the_truth_out_of_the_manifest(tmp_path: Path, cl
     assert clips[0].digest == clips[2].digest != clips[3].digest
 
 
+def test_a_truth_that_dvc_would_not_watch_is_refused(tmp_path: Path, clip: Path) -> None:
+    root = tmp_path / "corpus"
+    make_mer2024(root, clip)
+    truth = "name,discrete\n" + "".join(f"{path.stem},happy\n" for path in root.glob("video-unl*/*"))
+    for place_ in ("truth.csv", "data/truth.csv", "corpus/../truth.csv"):
+        (tmp_path / place_).parent.mkdir(exist_ok=True)
+        (tmp_path / place_).write_text(truth)
+        error = Repository(tmp_path, adapter="mer2024", path="corpus", truth=place_).run("corpus", code=1)
+        assert f"corpus.truth: {place_} lies where DVC would not notice" in error and len(error.splitlines()) == 1
+    for place_ in ("data/truth/truth.csv", "corpus/truth.csv"):
+        (tmp_path / place_).parent.mkdir(exist_ok=True)
+        (tmp_path / place_).write_text(truth)
+        repository = Repository(tmp_path, adapter="mer2024", path="corpus", truth=place_)
+        repository.run("corpus")
+        assert repository.rows("data/truth.csv")
+
+
 def test_the_corpus_stage_in_one_line_when_there_is_no_corpus(tmp_path: Path) -> None:
     error = Repository(tmp_path, adapter="mer2024", path="nowhere", truth=None).run("corpus", code=1)
     assert error.strip() == "error: corpus.path: found no folder nowhere, expected the mer2024 corpus there"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +14,17 @@ import pytest
 import torch
 from engine import ROOT, contents, inputs, small_shards, target
 
-from stages.encoders.pooling import pooled_row
+from stages.encoders.pooling import encoded_row
 from stages.engine import encoding
+from stages.engine.devices import CPU_BATCH_BYTES
 from stages.engine.encoding import Ahead, Encode, batches, runs
 from stages.engine.errors import PipelineError, Skip
 from stages.engine.extraction import write_store
 from stages.engine.params import Params
 from stages.engine.store import Store
-from stages.engine.work import Input
+from stages.engine.work import Input, Shard
 
-UNITS = 20  # that fit into the budget of 1 MB
+UNITS = 20  # of the stand-in's that fit into a batch
 PREPARED = 1 << 20  # bytes of a clip of the memory test
 
 
@@ -36,8 +37,8 @@ def p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
 class Doubler:
     """A stand-in encoder: clip i has i + 1 units of the value i; the features are it and its double."""
 
-    dimension = 2
-    unit_bytes = (1 << 20) // UNITS
+    dimension, variance = 2, True
+    unit_bytes = CPU_BATCH_BYTES // UNITS
     concurrent = False
 
     def __init__(self, padded: bool = True, device_units: int = 1 << 30):
@@ -76,7 +77,7 @@ def read(item: int) -> int:
 
 
 def encode(p: Params, make: object = make_doubler, keep_frames: bool = True) -> Encode:
-    return Encode(make, read, partial(pooled_row, keep_frames=keep_frames, variance=True), p.runtime)  # type: ignore
+    return Encode(make, read, partial(encoded_row, keep_frames=keep_frames), p.runtime)  # type: ignore
 
 
 def test_order_is_kept_skips_are_recorded_and_nan_is_refused(p: Params) -> None:
@@ -116,7 +117,7 @@ def die(item: int) -> int:
 
 
 def test_a_device_process_that_dies_is_said(p: Params) -> None:
-    work = Encode(make_doubler, die, partial(pooled_row, keep_frames=False, variance=True), p.runtime)
+    work = Encode(make_doubler, die, partial(encoded_row, keep_frames=False), p.runtime)
     with pytest.raises(PipelineError, match="ended from outside"):
         write_store(target(kind="features"), inputs(8), work, p, ["cpu", "cpu"])
 
@@ -166,29 +167,30 @@ def test_decoding_goes_on_while_the_device_computes_but_not_without_bound(monkey
         return np.zeros(10)  # 80 bytes
 
     clips = inputs(100)
-    with Ahead(prepare, [clips[:3], clips[3:]], threads=2) as ahead:
-        chunks = iter(ahead)
-        assert next(chunks) == clips[:3]
+    first, second = Shard(Path("first"), clips[:3]), Shard(Path("second"), clips[3:])
+    with Ahead(prepare, [first, second], threads=2) as ahead:
+        shards = iter(ahead)
+        assert next(shards) is first
         wait_until(lambda: len(started) >= 10)
         time.sleep(0.1)  # time for a thread to exceed the limit, if none stopped it
-        assert 10 <= len(started) <= 14  # the second chunk's clips too; what runs while the limit is met may finish
+        assert 10 <= len(started) <= 14  # the second shard's clips too; what runs while the limit is met may finish
         for _ in range(3):
             ahead.take()
         wait_until(lambda: len(started) >= 13)
-        assert next(chunks) == clips[3:]
+        assert next(shards) is second
         for _ in clips[3:]:
             ahead.take()
     assert sorted(started) == list(range(100))
 
 
-def test_what_breaks_the_stream_of_chunks_is_raised() -> None:
-    def chunks() -> Iterator[Sequence[Input]]:
-        yield inputs(1)
+def test_what_breaks_the_stream_of_shards_is_raised() -> None:
+    def shards() -> Iterator[Shard]:
+        yield Shard(Path("first"), inputs(1))
         raise OSError("gone")
 
-    with pytest.raises(OSError, match="gone"), Ahead(lambda clip: np.zeros(1), chunks(), threads=1) as ahead:
-        for chunk in ahead:
-            for _ in chunk:
+    with pytest.raises(OSError, match="gone"), Ahead(lambda clip: np.zeros(1), shards(), threads=1) as ahead:
+        for shard in ahead:
+            for _ in shard.clips:
                 ahead.take()
 
 

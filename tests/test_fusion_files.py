@@ -144,7 +144,7 @@ BROKEN = {
     ),
     "few clips of a class": (
         lambda i: rewrite_manifest("label", lambda row: row["label"].replace("anger", "neutral")),
-        r"class 'anger' has 0 labelled clips, expected at least one per fold \(3\)",
+        r"found no labelled clip of class 'anger', expected some",
     ),
     "clip without fold": (
         lambda _: Path("data/folds.csv").write_text("clip_id,fold\nclip_xyz,0\n"),
@@ -227,6 +227,13 @@ def test_damaged_ensemble_is_one_line(tmp_path):
     text = description.read_text()
     description.write_text(text.replace('"dimension": 10', '"dimension": 9'))
     with pytest.raises(PipelineError, match=r"encoders.0.linear_1.weight: found \(2, 3, 16, 10\), expected"):
+        load_ensemble(tmp_path / "m")
+    for architecture in ("training.train", "../../attention", "nothing"):
+        description.write_text(text.replace('"attention"', f'"{architecture}"'))
+        with pytest.raises(PipelineError, match=f"fusion.architecture: found '{architecture}'"):
+            load_ensemble(tmp_path / "m")
+    description.write_text(text.replace('"hidden": 16', '"hidden": -1'))
+    with pytest.raises(PipelineError, match="can't read the ensemble"):
         load_ensemble(tmp_path / "m")
     description.write_text(text)
     path = tmp_path / "m/ensemble.safetensors"

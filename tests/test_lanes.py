@@ -15,7 +15,7 @@ from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import make_clip
 from stages.corpora.demo.text import sentences
 from stages.encoders import baichuan, clip, hubert
-from stages.encoders.pooling import pooled_row
+from stages.encoders.pooling import encoded_row
 from stages.engine import encoding
 from stages.engine.devices import lanes
 from stages.engine.encoding import Encode
@@ -71,7 +71,7 @@ class Prepared:
 
     def __init__(self, encoder: Any, prepared: list[np.ndarray]):
         self.dimension, self.unit_bytes, self.padded = encoder.dimension, encoder.unit_bytes, encoder.padded
-        self.size, self.concurrent = encoder.size, encoder.concurrent
+        self.size, self.concurrent, self.variance = encoder.size, encoder.concurrent, encoder.variance
         self._encoder, self._prepared = encoder, prepared
         self.threads: set[int] = set()
         self.together = threading.Barrier(2, timeout=30)  # the first two calls wait for each other: both must run
@@ -88,11 +88,11 @@ class Prepared:
         return self._encoder.encode(batch)
 
 
-def rows_of(encoder: Prepared) -> list[Row]:
-    work = Encode(lambda _: encoder, int, partial(pooled_row, keep_frames=True, variance=True), RUNTIME)
+def rows_of(encoder: Prepared, **runtime: Any) -> list[Row]:
+    changed = RUNTIME.model_copy(update=runtime)
+    work = Encode(lambda _: encoder, int, partial(encoded_row, keep_frames=True), changed)
     work.open("cpu")
-    inputs = [Input(f"c{i}", i, b"") for i in range(len(encoder._prepared))]
-    [rows] = work.shards([inputs])
+    rows = work.rows([Input(f"c{i}", i, b"") for i in range(len(encoder._prepared))])
     work.close()
     return rows
 
@@ -111,15 +111,34 @@ def test_batches_side_by_side_equal_one_after_another(
     single.together.abort()
     one = rows_of(single)
     assert single.threads == {threading.get_ident()}
+    assert_same(several, one)
+
+
+def assert_same(several: list[Row], one: list[Row]) -> None:
     for ours, theirs in zip(several, one, strict=True):
         assert ours.clip_id == theirs.clip_id and ours.values.shape == theirs.values.shape
         assert np.array_equal(ours.values, theirs.values)  # not only near: machines may differ in cores, bytes may not
 
 
+@pytest.mark.parametrize("name", ["clip", "baichuan"])
+def test_on_a_cpu_memory_decides_what_runs_side_by_side_and_no_byte(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """runtime.batch_memory_mb: a clip's features depend in their last digits on which clips share its batch."""
+    monkeypatch.setattr(encoding, "cores", lambda: 3)
+    encoder = make_encoder(name, tmp_path / name)
+    encoder.unit_bytes = 1 << 20  # as of a larger network: were batch_memory_mb the budget, each clip would be alone
+    single, beside = (Prepared(encoder, clips_of(name, encoder)) for _ in range(2))
+    single.together.abort()
+    one, several = rows_of(single, batch_memory_mb=1), rows_of(beside, batch_memory_mb="auto")
+    assert single.threads == {threading.get_ident()} and len(beside.threads) > 1
+    assert_same(several, one)
+
+
 def test_no_more_lanes_than_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make_encoder("clip", tmp_path / "clip")
     monkeypatch.setattr(encoding, "cores", lambda: 8)
-    monkeypatch.setattr(encoding, "free_bytes", lambda _: 1)
+    monkeypatch.setattr(encoding, "lane_bytes", lambda _: 1)
     crowded = Prepared(encoder, clips_of("clip", encoder))
     crowded.together.abort()
     rows_of(crowded)
@@ -130,13 +149,7 @@ class Texts:
     """Stands in for an encoder of texts, of a byte a token; nothing is computed."""
 
     dimension, unit_bytes, padded, concurrent = 1, 1, True, True
-    encode = None
-
-    def __init__(self, lengths: dict[str, int]):
-        self.lengths = lengths
-
-    def prepare(self, item: str) -> np.ndarray:
-        return np.zeros(self.lengths[item], np.uint8)
+    prepare = encode = None
 
     def size(self, prepared: np.ndarray) -> int:
         return len(prepared)
@@ -145,9 +158,9 @@ class Texts:
 @pytest.mark.parametrize(("room", "count"), [(9, 1), (35, 1), (36, 2), (1000, 3)])
 def test_padding_takes_memory_too(room: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "cores", lambda: 3)
-    monkeypatch.setattr(encoding, "free_bytes", lambda _: room)
-    texts: Any = Texts({})
-    work = Encode(lambda _: texts, str, partial(pooled_row, keep_frames=False, variance=True), RUNTIME)
+    monkeypatch.setattr(encoding, "lane_bytes", lambda _: room)
+    texts: Any = Texts()
+    work = Encode(lambda _: texts, str, partial(encoded_row, keep_frames=False), RUNTIME)
     work.open("cpu")
     batch = [(0, np.zeros(9)), (1, np.zeros(1))]
     assert work._lane_count([batch] * 3) == count  # 18 tokens a batch, 10 of them real
@@ -165,13 +178,3 @@ def test_models_of_transformers_keep_threads_apart(kind: str, tmp_path: Path) ->
         found = list(pool.map(lambda tokens: several.encode([tokens])[0], prepared))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
-
-
-def test_frames_are_kept_for_the_next_fold_as_far_as_the_room_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_emovclip, "KEPT_BYTES", 10)
-    lengths = {"a": 6, "too large": 5, "b": 4, "c": 1}
-    texts: Any = Texts(lengths)
-    kept: dict[str, np.ndarray] = {}
-    encoder = extract_emovclip.FromClipId(texts, str, kept)
-    assert [len(encoder.prepare(name)) for name in lengths] == [6, 5, 4, 1]
-    assert list(kept) == ["a", "b"] and encoder.prepare("a") is kept["a"]

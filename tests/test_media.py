@@ -77,18 +77,21 @@ def test_any_rate_layout_and_format_becomes_mono_pcm(
 def test_ten_milliseconds_and_silence(tmp_path: Path) -> None:
     short, _ = load_audio(sound(tmp_path / "short.wav", tone(0.01, 16000), 16000), 24000)
     assert 100 < len(short) < 400
-    silent, note = load_audio(sound(tmp_path / "silent.wav", np.zeros((1, 16000)), 16000), 24000)
-    assert not silent.any() and note == "" and abs(len(silent) - 24000) < 100
+    with pytest.raises(Skip, match="digital silence: every sample is zero"):
+        load_audio(sound(tmp_path / "silent.wav", np.zeros((1, 16000)), 16000), 24000)
 
 
 def test_what_is_no_media_is_a_skip(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("this is a text file\n" * 100)
     (tmp_path / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:10,\n/etc/passwd\n")
-    for path in (*tmp_path.iterdir(), tmp_path / "missing.mp4"):
-        for read in (lambda path: load_audio(path, 24000), lambda path: sample_frames(path, 4, 224, 90)):
+    readers = (lambda path: load_audio(path, 24000), lambda path: sample_frames(path, 4, 224, 90))
+    for read in readers:
+        for path in tmp_path.iterdir():
             with pytest.raises(Skip):
                 read(path)
+        with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):  # the machine's fault: a folder not mounted, say
+            read(tmp_path / "missing.mp4")
     video(tmp_path / "mute.mp4", 5)
     with pytest.raises(Skip, match="no audio stream"):
         load_audio(tmp_path / "mute.mp4", 24000)

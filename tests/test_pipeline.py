@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "benchmarks", "data", "features", "models", "reports", "presets", ".dvc/config",
            ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
 EVALUATION = ["train_fusion", "self_train", "evaluate"]
-FEATURES = ["extract", "extract_emovclip", "gather_features", "split_folds", "corpus"]  # stages: what training reads
+FEATURES = ["extract", "gather_features", "split_folds", "corpus"]  # stages: what training reads
 
 
 class Repository:
@@ -94,7 +94,7 @@ def test_the_dag_is_one_connected_graph_of_every_stage(repository: Repository) -
     edges = [tuple(part.strip(' ";') for part in line.split("->")) for line in dot.splitlines() if "->" in line]
     listed = {line.split()[0] for line in repository.run("dvc", "stage", "list").splitlines()}
     designed = {"corpus", "split_folds", "extract_audio", "transcribe", "slice_frames", "crop_faces", "rank_emotions",
-                "extract@hubert", "extract@clip", "extract@baichuan", "train_emovclip", "extract_emovclip",
+                "extract@hubert", "extract@clip", "extract@baichuan", "train_emovclip", "extract@emovclip",
                 "train_fusion", "self_train", "evaluate"}
     assert designed <= listed
     reached = {"demo"}
@@ -233,6 +233,50 @@ def test_runtime_reruns_nothing(repository: Repository) -> None:
     assert repository.stages_run(repository.run("dvc", "repro")) == []
     repository.set("runtime.workers", "auto")
     repository.set("runtime.batch_memory_mb", "auto")
+
+
+def test_neither_limits_nor_the_plumbing_rerun_anything(repository: Repository) -> None:
+    repository.set("corpus.max_bad_fraction", 0.5)
+    repository.set("corpus.shard_size", 16)
+    for module in (repository.folder / "stages/engine").glob("*.py"):
+        module.write_text(module.read_text() + "# a comment\n")
+    assert repository.stages_run(repository.run("dvc", "repro")) == []
+    repository.run("git", "checkout", "params.yaml", "stages")
+
+
+def test_a_truth_that_changes_is_read_again(repository: Repository) -> None:
+    kept = repository.folder / "data/truth/truth.csv"
+    shutil.copyfile(repository.folder / "data/demo/truth.csv", kept)
+    repository.set("corpus.truth", "data/truth/truth.csv")
+    assert repository.stages_run(repository.run("dvc", "repro")) == ["corpus"]
+    before = repository.metrics()
+    swapped = {"angry": "happy", "happy": "angry"}
+    rows = [line.split(",") for line in kept.read_text().splitlines()]
+    kept.write_text("".join(f"{name},{swapped.get(label, label)}\n" for name, label in rows))
+    assert repository.stages_run(repository.run("dvc", "repro")) == ["corpus", "evaluate"]
+    assert repository.metrics()["test"]["waf"] != before["test"]["waf"]
+    kept.unlink()
+    repository.run("git", "checkout", "params.yaml", "dvc.lock", "reports")
+    repository.run("dvc", "checkout", "-q")
+
+
+def test_predict_and_release_refuse_half_a_repro(repository: Repository) -> None:
+    clip = next((repository.folder / "data/demo/raw/video-labeled").iterdir())
+    for key, value, stage, what in (
+        ("extractors.hubert.layers", [-1], "extract@hubert", "modality hubert: features/hubert changed"),
+        ("audio.sample_rate", 16000, "extract_audio", "modality hubert: data/audio changed"),
+        ("emovclip.seed", 7, "train_emovclip", "modality emovclip: what its encoder loads"),
+    ):
+        repository.set(key, value)
+        for command in (["stages.commands.predict", str(clip)], ["stages.commands.release"]):
+            assert f"params.yaml: {key}: found" in repository.run("python", "-m", *command, expect=1)
+        repository.run("dvc", "repro", stage)
+        for command in (["stages.commands.predict", str(clip)], ["stages.commands.release"]):
+            output = repository.run("python", "-m", *command, expect=1)
+            assert f"error: {what}" in output and "run dvc repro" in output and output.count("\n") == 1, output
+        repository.run("git", "checkout", "params.yaml", "dvc.lock")
+        repository.run("dvc", "checkout", "-q")
+    repository.run("python", "-m", "stages.commands.predict", str(clip))
 
 
 def test_a_new_row_adds_one_extractor_and_leaves_the_fusion_alone(repository: Repository) -> None:

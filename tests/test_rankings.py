@@ -1,14 +1,18 @@
 """The prompt, the cache, and the stage rank_emotions around them."""
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import sqlite3
 import sys
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,9 @@ from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.params import Params, load
 from stages.rankings import earlier, prompt, providers
-from stages.rankings.cache import Answer, Cache
+from stages.rankings.cache import Answer, Cache, Job, Question
 from stages.rankings.earlier import earlier_answers
+from stages.rankings.takeover import take_over
 
 ROOT = Path(__file__).parents[1]
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
@@ -46,54 +51,34 @@ def test_an_unknown_label_stands_without_a_gloss() -> None:
     assert "- contempt\n" in system["content"]
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        '{"ranking": ["worry", "anger", "happiness", "sadness", "neutral", "surprise"]}',
-        '```json\n{"ranking": ["Worry", " anger", "happiness", "sadness", "neutral", "surprise"]}\n```',
-        '<think>{hm}</think> {"ranking": ["worry","anger","happiness","sadness","neutral","surprise"]} Done.',
-    ],
-)
-def test_a_valid_answer_is_read(answer: str) -> None:
-    assert prompt.parse(answer, LABELS) == ["worry", "anger", "happiness", "sadness", "neutral", "surprise"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ("", "no JSON object"),
-        ('["neutral"]', "no JSON object"),
-        ('{"order": ["neutral"]}', "no JSON object"),
-        ('{"ranking": "neutral"}', "no list of names"),
-        ('{"ranking": [1, 2]}', "no list of names"),
-        (json.dumps({"ranking": LABELS[1:]}), "missing: neutral"),
-        (json.dumps({"ranking": [*LABELS, "anger"]}), "more than once: anger"),
-        (json.dumps({"ranking": [*LABELS[:5], "suprise"]}), "unknown: suprise; missing: surprise"),
-    ],
-)
-def test_an_invalid_answer_is_refused_with_the_reason(answer: str, reason: str) -> None:
-    with pytest.raises(prompt.InvalidAnswer, match=reason):
-        prompt.parse(answer, LABELS)
-
-
 # ---------------------------------------------------------------- cache
 
 
+QUESTION = Question("openai", "m", "v1", tuple(LABELS), "https://here/v1")
+
+
 def cache(folder: Path, **changes: Any) -> Cache:
-    identity = {"provider": "openai", "model": "m", "prompt_version": "v1", "labels": LABELS} | changes
-    return Cache(**identity, folder=folder)
+    return Cache(replace(QUESTION, **changes), folder)
 
 
-def test_an_answer_is_found_again_under_its_identity_only(tmp_path: Path) -> None:
+def test_an_answer_is_found_again_under_its_question_only(tmp_path: Path) -> None:
     answer = Answer("没想到\n“你”来了", LABELS[::-1], 300, 40)
     cache(tmp_path).append([answer])
-    assert cache(tmp_path).load([answer.transcript, "别的"]) == {answer.transcript: answer}
-    assert cache(tmp_path, labels=LABELS[::-1]).load([answer.transcript])  # the set counts, not its order
-    changes: dict[str, Any] = {"provider": "x", "model": "m2", "prompt_version": "v2", "labels": LABELS[1:]}
+    changes: dict[str, Any] = {
+        "provider": "x", "model": "m2", "prompt_version": "v2", "labels": tuple(LABELS[::-1]), "base_url": "https://x/v1"}
+    prompt.PROMPTS["transcript"]["v2"] = prompt.PROMPTS["transcript"]["v1"]
     for name, value in changes.items():
-        other = cache(tmp_path, **{name: value})
-        other.path = cache(tmp_path).path  # even in the same file
-        assert other.load([answer.transcript]) == {}
+        assert cache(tmp_path, **{name: value}).load([answer.transcript]) == {}, name
+    del prompt.PROMPTS["transcript"]["v2"]
+    assert cache(tmp_path).load([answer.transcript, "别的"]) == {answer.transcript: answer}  # set back: known again
+
+
+def test_a_changed_glossary_asks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache(tmp_path).append([Answer("一", LABELS)])
+    monkeypatch.setitem(prompt.GLOSSARY, "worry", "担忧")
+    assert cache(tmp_path).load(["一"]) == {}
+    monkeypatch.undo()
+    assert cache(tmp_path).load(["一"])
 
 
 def test_a_ranking_beats_the_failures_before_it_and_carries_their_tokens(tmp_path: Path) -> None:
@@ -106,36 +91,20 @@ def test_a_ranking_beats_the_failures_before_it_and_carries_their_tokens(tmp_pat
     }
 
 
-@pytest.mark.parametrize("cut", [1, 10, 60])
-def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path, cut: int) -> None:
+def test_a_batch_that_is_collected_twice_is_stored_and_paid_once(tmp_path: Path) -> None:
     store = cache(tmp_path)
-    store.append([Answer("一", LABELS), Answer("二", LABELS)])
-    os.truncate(store.path, store.path.stat().st_size - cut)
-    assert list(store.load(["一", "二"])) == ["一"]
-    store.append([Answer("三", LABELS)])
-    assert [json.loads(line)["transcript"] for line in store.path.read_text().splitlines()] == ["一", "三"]
+    for _ in range(2):
+        store.append([Answer("一", LABELS, 100, 10, batch="b")])
+    assert store.load(["一"]) == {"一": Answer("一", LABELS, 100, 10)}
+    assert store.spent(["一"], (1.0, 10.0)) == pytest.approx(0.5 * 200 / 1e6)
 
 
-def test_a_torn_first_line_longer_than_a_block_is_cut_off(tmp_path: Path) -> None:
-    store = cache(tmp_path)
-    store.path.write_bytes(b'{"key": "' + b"x" * 10_000)
-    store.append([Answer("一", LABELS)])
-    assert len(store.path.read_bytes().splitlines()) == 1 and store.load(["一"])
-
-
-def test_a_damaged_line_costs_that_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_database_is_one_line(tmp_path: Path) -> None:
     store = cache(tmp_path)
     store.append([Answer(t, LABELS) for t in "一二三"])
-    lines = store.path.read_bytes().splitlines(keepends=True)
-    store.path.write_bytes(lines[0] + lines[1].replace(b'"ranking": [', b'"ranking": <') + lines[2])
-    assert list(store.load(["一", "二", "三"])) == ["一", "三"]
-    assert "line 2 is damaged" in capsys.readouterr().err
-
-
-def test_a_stored_ranking_that_is_none_is_not_believed(tmp_path: Path) -> None:
-    store = cache(tmp_path)
-    store.append([Answer("一", [*LABELS[:5], "anger"])])
-    assert store.load(["一"]) == {}
+    store.path.write_bytes(b"no database at all" * 1000)
+    with pytest.raises(PipelineError, match=f"{store.path}: can't be used: file is not a database.*restore a copy"):
+        store.load(["一"])
 
 
 def _append_many(folder: Path, name: str, count: int) -> None:
@@ -154,23 +123,25 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(cache(tmp_path).load(wanted)) == 150
 
 
-def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
+def test_killed_writers_leave_whole_answers(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
+    stored: list[int] = []
     for round_ in range(5):
         process = context.Process(target=_append_many, args=(tmp_path, f"{round_}-", 10_000))
         process.start()
-        path, deadline = cache(tmp_path).path, time.monotonic() + 30
-        while not (path.exists() and f"{round_}-0" in path.read_text()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 30
+        while not cache(tmp_path).load([f"{round_}-0" * 50]) and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(0.01 * round_)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+        stored.append(len(cache(tmp_path).load([f"{round_}-{i}" * 50 for i in range(10_000)])))
     cache(tmp_path).append([Answer("好", LABELS)])
-    entries = [json.loads(line) for line in cache(tmp_path).path.read_text().splitlines()]
-    for round_ in range(5):  # each writer's answers are there without a gap
-        written = [e["transcript"] for e in entries if e["transcript"].startswith(f"{round_}-")]
-        assert written == [f"{round_}-{i}" * 50 for i in range(len(written))] and written
+    for round_, count in enumerate(stored):  # each writer's answers are there without a gap
+        assert count and len(cache(tmp_path).load([f"{round_}-{i}" * 50 for i in range(count)])) == count
+    with closing(sqlite3.connect(cache(tmp_path).path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def _append_to_a_full_disk(folder: Path) -> None:
@@ -178,21 +149,67 @@ def _append_to_a_full_disk(folder: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 100, resource.RLIM_INFINITY))
     try:
-        store.append([Answer("二" * 200, LABELS)])
+        store.append([Answer("二" * 100_000, LABELS)])
     except PipelineError as error:
         print(error, file=sys.stderr)
         os._exit(7)
 
 
-def test_a_full_disk_is_told_and_leaves_no_partial_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store = cache(tmp_path)
     store.append([Answer("一", LABELS)])
-    before = store.path.read_bytes()
     process = multiprocessing.get_context("fork").Process(target=_append_to_a_full_disk, args=(tmp_path,))
     process.start()
     process.join()
-    assert process.exitcode == 7 and "can't store an answer" in capfd.readouterr().err
-    assert store.path.read_bytes() == before
+    assert process.exitcode == 7 and "answers.sqlite: can't be used: " in capfd.readouterr().err
+    assert list(store.load(["一", "二" * 100_000])) == ["一"]
+    store.append([Answer("三", LABELS)])
+    assert store.load(["三"])
+
+
+def old_line(transcript: str, ranking: list[str] | None, **changes: Any) -> bytes:
+    """An answer as the cache before the database kept it."""
+    identity = ["openai", "m", "v1", sorted(LABELS)]
+    key = hashlib.sha256(json.dumps([*identity, transcript]).encode()).hexdigest()
+    row = {
+        "key": key, "transcript": transcript, "ranking": ranking, "reason": "", "input_tokens": 300,
+        "output_tokens": 40, "batch": "", "provider": "openai", "model": "m", "prompt_version": "v1"}
+    return json.dumps(row | changes, ensure_ascii=False).encode() + b"\n"
+
+
+def test_answers_of_the_cache_before_the_database_are_taken_over_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [old_line(t, LABELS) for t in "一二三"] + [old_line("四", None, reason="a refusal")]
+    lines += [old_line("五", LABELS, batch="b")] * 2 + [old_line("六", LABELS, key="of another model")]
+    lines += [old_line("七", LABELS).replace(b"[", b"<"), old_line("八", [*LABELS[:5], "anger"])]
+    (tmp_path / "openai-m-v1.jsonl").write_bytes(b"".join(lines) + old_line("九", LABELS)[:50])
+    for _ in range(2):
+        take_over(cache(tmp_path))
+    assert cache(tmp_path).load("一二三四五六七八九") == {
+        **{t: Answer(t, LABELS, 300, 40) for t in "一二三五"}, "四": Answer("四", None, 300, 40, "a refusal")}
+    assert cache(tmp_path).spent("一二三四五", (1.0, 0.0)) == pytest.approx(4.5 * 300 / 1e6)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and "6 answers and 0 batches under way taken over" in said[0] and "2 lines" in said[0]
+    take_over(cache(tmp_path, base_url="https://elsewhere/v1"))  # another question: they answered one only
+    assert cache(tmp_path, base_url="https://elsewhere/v1").load("一") == {}
+
+
+def test_batches_of_the_journal_before_the_database_are_taken_over(tmp_path: Path) -> None:
+    key = json.loads(old_line("", LABELS))["key"]
+    folder = tmp_path / f"openai-m-v1-{hashlib.sha256(key.encode()).hexdigest()[:8]}.batches"
+    folder.mkdir()
+    state = {"base_url": "https://there/v1", "transcripts": ["一"], "worst_usd": 1.0, "key": "k", "created": 5.0,
+             "file_id": "f", "creating": 6.0, "batch_id": "b"}
+    (folder / "k.json").write_text(json.dumps(state))
+    (folder / "k.jsonl").write_text(json.dumps({"custom_id": "c", "body": {"model": "m", "messages": [], "n": 1}}))
+    take_over(cache(tmp_path))
+    (job,) = cache(tmp_path, base_url="https://there/v1").jobs()
+    assert not cache(tmp_path).jobs()  # of the server that it was sent to
+    assert job == Job(["一"], {"n": 1}, 1.0, key="k", created=5.0, file_id="f", creating=6.0, batch_id="b")
+    (folder / "k.jsonl").unlink()
+    with pytest.raises(PipelineError, match="k.json: damaged; .*mer_job = k"):
+        take_over(cache(tmp_path))
 
 
 def test_asking_is_for_one_process_at_a_time(tmp_path: Path) -> None:
@@ -225,7 +242,8 @@ def test_the_stage_ranks_each_distinct_transcript_once(house: Path) -> None:
         ("气死我了", ["c5"]),
     ]
     assert list(rows[0]) == [
-        "transcript", "ranking", "clip_ids", "provider", "model", "prompt_version", "input_tokens", "output_tokens"
+        "transcript", "clip_ids", "ranking", "question", "provider", "model", "prompt_version", "input_tokens",
+        "output_tokens",
     ]
     assert rows[0]["ranking"][0] == "happiness" and rows[2]["ranking"][0] == "anger"
     assert rows[0]["provider"] == "lexicon" and rows[0]["model"] == "DUTIR"
@@ -240,14 +258,15 @@ class Scripted:
         self.rankings = rankings
         self.asked: list[str] = []
 
-    def __call__(self, p: Params, cache: Cache, transcripts: list[str]) -> "Scripted":
+    def __call__(self, p: Params, cache: Cache, spent: float, clips: Any) -> "Scripted":
+        self.cache = cache
         return self
 
-    def rank(self, transcripts: list[str], record: Any) -> None:
+    def rank(self, transcripts: list[str]) -> None:
         self.asked += transcripts
         for transcript in transcripts:
             ranking = self.rankings[transcript]
-            record([Answer(transcript, ranking, 10, 2, "" if ranking else "a refusal")])
+            self.cache.append([Answer(transcript, ranking, 10, 2, "" if ranking else "a refusal")])
 
 
 def test_only_what_the_cache_lacks_is_asked(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,13 +289,14 @@ def test_a_few_transcripts_without_ranking_are_reported_and_many_stop_the_stage(
     rank_emotions.check_failures(answers, p)
     assert "1 of 20 transcripts got no valid ranking ('坏': a refusal)" in capsys.readouterr().out
     few = {"一": Answer("一", LABELS), "坏": Answer("坏", None, reason="a refusal")}
-    with pytest.raises(PipelineError, match="1 of 2 .*a refusal.*max_bad_fraction.*run again"):
+    with pytest.raises(PipelineError, match="1 of 2 .*a refusal.*max_bad_fraction.*cache retry && dvc repro"):
         rank_emotions.check_failures(few, p)
 
 
 def test_the_key_comes_from_the_named_variable_only(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def openai(**rankings: Any) -> Any:
-        return providers.openai(params(provider="openai", model="m", **rankings), cache(house), ["一"])
+        p, answers = params(provider="openai", model="m", **rankings), cache(house)
+        return providers.openai(p, answers, answers.spent(["一"], providers.prices(p.rankings)), {})
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(PipelineError, match="variable OPENAI_API_KEY is not set"):
@@ -306,4 +326,9 @@ def test_a_dvc_lock_older_than_a_parameter_is_read(tmp_path: Path, monkeypatch: 
     path.parent.mkdir(parents=True)
     row = {"transcript": "一", "ranking": LABELS, "input_tokens": 3, "output_tokens": 4}
     path.write_text(json.dumps(row) + "\n")
-    assert earlier_answers(["一", "二"], p, needed=True) == [Answer("一", LABELS, 3, 4)]
+    question = providers.question(p)
+    assert earlier_answers(["一", "二"], question, needed=True) == [Answer("一", LABELS, 3, 4)]
+    for change in ({"base_url": "https://x/v1"}, {"labels": tuple(LABELS[::-1])}, {"model": "m2"}):
+        assert earlier_answers(["一"], replace(question, **change), needed=True) == []  # type: ignore[arg-type]
+    path.write_text(json.dumps(row | {"question": "another glossary's"}) + "\n")
+    assert earlier_answers(["一"], question, needed=True) == []

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
+from batch_runs import QUESTION, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, http_error, not_run, said
 from chat_server import KEY, LABELS, drop, fail, ranking_of, raw, say, serving
 
 from stages.engine.errors import PipelineError
 from stages.rankings import openai_batch
-from stages.rankings.journal import Job, Journal
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def test_a_batch_ranks_every_transcript_at_half_price(
 def test_a_batch_request_is_the_direct_request(server: BatchServer, tmp_path: Path) -> None:
     ask(server, tmp_path, TRANSCRIPTS[:2])
     (line,) = [json.loads(line) for line in server.files["file-0"][1].splitlines()]
-    assert line["custom_id"] == store(tmp_path).key(TRANSCRIPTS[1]) and len(line["custom_id"]) <= 64
+    assert line["custom_id"] == QUESTION.custom_id(TRANSCRIPTS[1]) and len(line["custom_id"]) <= 64
     (direct,) = server.requests
     user = line["body"]["messages"].pop()
     assert user["content"] == f'Transcript: "{TRANSCRIPTS[1]}"'
@@ -91,7 +90,7 @@ FAULTS: dict[str, Any] = {
     "server error": http_error(500, "The server had an error."),
     "rate limit": http_error(429, "Rate limit reached."),
     "expired": not_run("batch_expired"),
-    "no choices": lambda t: {"response": {"status_code": 200, "request_id": "r", "body": {"id": "x"}}, "error": None},
+    "no choice": lambda t: {"response": {"status_code": 200, "request_id": "r", "body": {"id": "x"}}, "error": None},
 }
 
 
@@ -100,11 +99,13 @@ def test_a_fault_of_one_request_is_overcome(server: BatchServer, tmp_path: Path,
     server.outcomes[TRANSCRIPTS[3]] = [FAULTS[fault]]
     batches = ask(server, tmp_path)
     assert rankings(tmp_path) == RANKINGS and nothing_under_way(tmp_path)
-    invalid = fault in ("malformed", "no answer", "missing label", "refusal", "truncated")
-    asked_again_in_a_batch = fault in ("server error", "rate limit", "expired", "no choices")
+    invalid = fault in ("malformed", "no answer", "missing label", "refusal", "truncated", "no choice")
+    asked_again_in_a_batch = fault in ("server error", "rate limit", "expired")
     assert len(server.batches) == 1 + asked_again_in_a_batch
-    assert server.paid == dict.fromkeys(TRANSCRIPTS, 1) | {TRANSCRIPTS[3]: 1 + (invalid or fault == "no choices")}
-    if fault != "no choices":  # which the server counts as run
+    assert server.paid == dict.fromkeys(TRANSCRIPTS, 1) | {TRANSCRIPTS[3]: 1 + invalid}
+    if fault == "no choice":  # and no usage: its worst case is counted
+        assert batches.spent > server.bill
+    else:
         assert batches.spent == pytest.approx(server.bill)
 
 
@@ -114,7 +115,7 @@ def test_what_is_never_answered_is_recorded_with_the_reason(server: BatchServer,
     server.default = say(None, refusal="No.")
     ask(server, tmp_path)
     answer = store(tmp_path).load(TRANSCRIPTS)[TRANSCRIPTS[3]]
-    assert answer.ranking is None and answer.reason == "a refusal (No.)" and answer.input_tokens == 4 * 300
+    assert answer.ranking is None and answer.reason == "a refusal (No.)" and answer.input_tokens == 3 * 300
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -222,22 +223,3 @@ def test_a_server_without_the_batch_api_is_named(server: BatchServer, tmp_path: 
     with pytest.raises(PipelineError, match="rankings.batch: .*has no Batch API"):
         ask(server, tmp_path)
 
-
-
-
-def test_a_job_that_another_process_ends_meanwhile_is_under_way_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether batches are under way is looked up without the lock on asking."""
-    journal = Journal(store(tmp_path))
-    for key in ("a", "b"):
-        journal.add(Job("https://there/v1", ["一"], 1.0, key=key), ["{}\n"])
-    read = Path.read_bytes
-
-    def ended_meanwhile(path: Path) -> bytes:
-        if path.stem == "a":
-            path.unlink()
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", ended_meanwhile)
-    assert [job.key for job in journal.jobs()] == ["b"]

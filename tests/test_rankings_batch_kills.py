@@ -4,23 +4,26 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import HASTY, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
+from batch_runs import HASTY, QUESTION, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, said
 from chat_server import KEY, serving
 
-from stages import files, rank_emotions
+from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.params import read_yaml
-from stages.rankings import journal, openai_batch
-from stages.rankings.journal import Journal
+from stages.rankings import openai_batch
+from stages.rankings.cache import FOLDER, Cache, Job, giving_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,28 +48,33 @@ def test_killed_between_any_two_requests_nothing_is_paid_twice(
     assert store(tmp_path).spent(TRANSCRIPTS, (2.5, 10.0)) == pytest.approx(server.bill)
 
 
-FILE_EVENTS = ("open", "os.rename", "os.remove", "os.truncate")
+def die_at(number: int) -> None:
+    """Kill this process as SQLite is about to run the number-th statement that changes the database.
 
-
-def die_at(number: int, folder: Path) -> None:
-    """Kill this process as it is about to touch a file below `folder` for the number-th time."""
+    Python's audit hooks do not see SQLite's own file operations. That a kill within a commit leaves all or nothing is
+    SQLite's promise; test_rankings.py kills writers at random moments.
+    """
     numbers = count(1)
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        touches = event in FILE_EVENTS and str(arguments[0]).startswith(str(folder))
-        if touches and next(numbers) == number:
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = real(*arguments, **options)
+        connection.set_trace_callback(statement)
+        return connection
+
+    def statement(sql: str) -> None:
+        if sql.startswith(("BEGIN IMMEDIATE", "INSERT", "DELETE", "COMMIT")) and next(numbers) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(hook)
+    real, sqlite3.connect = sqlite3.connect, connect  # type: ignore[assignment]
 
 
-def test_killed_at_any_file_operation_nothing_is_paid_twice(server: BatchServer, tmp_path: Path) -> None:
+def test_killed_at_any_statement_nothing_is_paid_twice(server: BatchServer, tmp_path: Path) -> None:
     """Between any two steps that only the disk sees. One window can't be closed: a direct answer not yet stored."""
     for number in count(1):
         folder = tmp_path / str(number)
         for counter in (server.ran, server.answered):
             counter.clear()
-        code = killed(server, folder, lambda n=number, f=folder: die_at(n, f))  # type: ignore[misc]
+        code = killed(server, folder, lambda n=number: die_at(n))  # type: ignore[misc]
         assert code in (0, -signal.SIGKILL)
         if code == 0:
             break
@@ -122,36 +130,40 @@ def interrupted(server: BatchServer, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def state(folder: Path) -> Path:
-    (path,) = Journal(store(folder)).folder.glob("*.json")
-    return path
+def change_job(folder: Path, **changes: Any) -> Job:
+    (job,) = store(folder).jobs()
+    job = replace(job, **changes)
+    store(folder).save(job)
+    return job
 
 
 def test_a_batch_of_another_server_or_key_is_not_lost(server: BatchServer, interrupted: Path) -> None:
-    path = state(interrupted)
-    content = path.read_text()
-    path.write_text(content.replace(server.url, "https://elsewhere/v1"))
-    with pytest.raises(PipelineError, match="under way at https://elsewhere/v1, but rankings.base_url is.*set it back"):
-        ask(server, interrupted)
-    path.write_text(content.replace("batch_0", "batch_9"))
+    elsewhere = Cache(replace(QUESTION, base_url="https://elsewhere/v1"), interrupted)
+    assert not elsewhere.jobs()  # that server would be asked anew, and this batch waits for base_url to be set back
+    change_job(interrupted, batch_id="batch_9")
     with pytest.raises(PipelineError, match="knows no batch batch_9; set back the key"):
         ask(server, interrupted)
-    path.write_text(content)
+    change_job(interrupted, batch_id="batch_0")
     ask(server, interrupted)
     assert server.paid == dict.fromkeys(TRANSCRIPTS, 1)
 
 
-def test_answers_that_the_server_has_deleted_and_a_damaged_job_are_named(
+def test_a_batch_whose_answers_the_server_has_deleted_is_named_and_can_be_given_up(
     server: BatchServer, interrupted: Path
 ) -> None:
     server.files.clear()
-    with pytest.raises(PipelineError, match="deleted the answers of batch batch_0.*delete the file"):
+    with pytest.raises(PipelineError, match="deleted the answers of batch batch_0.*stages.rankings.cache") as error:
         ask(server, interrupted)
-    path = state(interrupted)
-    path.write_text(path.read_text()[:50])
-    with pytest.raises(PipelineError, match=f"{path}: damaged; .*mer_job = {path.stem}"):
-        ask(server, interrupted)
-    path.unlink()
+    (job,) = store(interrupted).jobs()
+    command = giving_up(job)
+    assert command in str(error.value)
+    (interrupted / FOLDER.parent).mkdir()
+    (interrupted / FOLDER).symlink_to(interrupted)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command.split()[1:]], cwd=interrupted, env=environment, text=True, capture_output=True
+    )
+    assert done.stdout == "1 entries changed\n"
     ask(server, interrupted)
     assert rankings(interrupted) == RANKINGS and nothing_under_way(interrupted)
 
@@ -182,9 +194,8 @@ def test_an_upload_that_expired_is_repeated(server: BatchServer, tmp_path: Path)
     server.kill = ("create", "before")
     killed(server, tmp_path)
     server.files.clear()
-    path = state(tmp_path)
-    job = json.loads(path.read_text())
-    path.write_text(json.dumps(job | {"created": job["created"] - 40 * 86_400, "creating": None}))
+    (job,) = store(tmp_path).jobs()
+    change_job(tmp_path, created=job.created - 40 * 86_400, creating=None)
     ask(server, tmp_path)
     assert server.paid == dict.fromkeys(TRANSCRIPTS, 1) and nothing_under_way(tmp_path)
 
@@ -192,15 +203,16 @@ def test_an_upload_that_expired_is_repeated(server: BatchServer, tmp_path: Path)
 def test_a_full_disk_is_one_line_and_loses_no_batch(
     server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writes = count()
+    saves, save = count(), Cache._save
 
-    def replacing(path: Path) -> Any:
-        if next(writes) == 4:  # the id of the batch that was just created
-            raise OSError(28, "No space left on device")
-        return files.replacing(path)
+    def full(self: Cache, db: sqlite3.Connection, question: str, job: Job) -> None:
+        save(self, db, question, job)
+        if next(saves) == 3:  # the id of the batch that was just created
+            db.execute("PRAGMA max_page_count = 1")  # as SQLite reports a full disk
+            db.execute("INSERT INTO taken_over VALUES (hex(zeroblob(1000000)))")
 
-    monkeypatch.setattr(journal, "replacing", replacing)
-    with pytest.raises(PipelineError, match="can't note a batch.*No space left"):
+    monkeypatch.setattr(Cache, "_save", full)
+    with pytest.raises(PipelineError, match="answers.sqlite: can't be used: database or disk is full; make room"):
         ask(server, tmp_path)
     ask(server, tmp_path)
     assert len(server.batches) == 1 and server.paid == dict.fromkeys(TRANSCRIPTS, 1)

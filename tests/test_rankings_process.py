@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,8 @@ def start(house: Path, **variables: str) -> "subprocess.Popen[str]":
 
 def stored(house: Path) -> set[str]:
     """The transcripts whose answers are on disk."""
-    lines = [line for path in house.glob(".cache/rankings/*.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
-    return {json.loads(line)["transcript"] for line in lines}
+    with closing(sqlite3.connect(house / ".cache/rankings/answers.sqlite")) as db:
+        return {transcript for (transcript,) in db.execute("SELECT transcript FROM replies")}
 
 
 def assert_complete(house: Path) -> None:

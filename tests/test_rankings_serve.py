@@ -23,7 +23,7 @@ from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.params import read_yaml
-from stages.rankings import prompt
+from stages.rankings import parse, prompt
 
 ROOT = Path(__file__).parents[1]
 GOOD = ["我很开心", "气死我了", "没想到你会来"]
@@ -32,8 +32,8 @@ CORRECTED, NEVER = "算了吧", "你猜"
 
 def follow_up(transcript: str, answer: str) -> list[dict[str, str]]:
     """The conversation after an invalid answer, as the provider goes on with it."""
-    with pytest.raises(prompt.InvalidAnswer) as invalid:
-        prompt.parse(answer, LABELS)
+    with pytest.raises(parse.InvalidAnswer) as invalid:
+        parse.parse(answer, LABELS)
     return prompt.messages(transcript, LABELS, "v1") + prompt.correction(answer, str(invalid.value))
 
 

@@ -13,6 +13,7 @@ from chat_server import KEY, TOKENS_IN, Server, ranking_of, serving
 from ruamel.yaml import YAML
 
 from stages.engine.files import write_rows
+from stages.engine.manifest import write_manifest
 
 ROOT = Path(__file__).parent.parent
 IDENTITY = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -30,6 +31,7 @@ def run(folder: Path, command: str, expect: int = 0) -> str:
 def write_transcripts(folder: Path, transcripts: list[str]) -> None:
     rows = [(f"c{i}", text, "corpus") for i, text in enumerate(transcripts)]
     write_rows(folder / "data/transcripts.csv", ["clip_id", "transcript", "source"], rows)
+    write_manifest([], folder / "data/manifest.csv")  # read for clips that are sent, and none is
 
 
 def set_params(folder: Path, **changes: object) -> None:

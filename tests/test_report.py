@@ -17,6 +17,7 @@ from stages.engine.params import load
 from stages.evaluation import figures
 from stages.evaluation.artefacts import UNKNOWN, Run, read_run
 from stages.evaluation.report import render_report
+from stages.evaluation.voices import agreement
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -109,6 +110,34 @@ def test_the_page_is_self_contained_and_small(run: Run) -> None:
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", markup)
     assert "default-src 'none'" in html and "connect-src" not in html
     assert markup.count("data:image/jpeg;base64,") > 20 and "我今天很高兴" in markup
+
+
+def test_the_voices_of_the_rankings_are_compared(run: Run) -> None:
+    predictions = figures.prediction_table(run)
+    rows = [json.loads(line) for line in Path("data/rankings.jsonl").read_text().splitlines()]
+    called = dict(zip(predictions["clip_id"], predictions["prediction"], strict=True))
+    actual = {clip: run.labels[k] for clip, k in zip(run.final.labelled, run.actual, strict=True)}
+    actual |= {clip: run.labels[k] for clip, k in zip(run.final.others, run.truth, strict=True)}
+    split = []
+    for row in rows:  # a row per clip, a second voice that is always right and a third that is silent on the labelled
+        for clip in row["clip_ids"]:
+            right = [actual[clip], *(label for label in run.labels if label != actual[clip])]
+            silent = None if clip in run.final.labelled else right[::-1]
+            voices = {"right": {"ranking": right}, "other": {"ranking": silent}}
+            split.append(row | {"clip_ids": [clip], "voices": voices})
+    Path("data/rankings.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split))
+    found = {row["voice"]: row for row in agreement(run, predictions)}
+    assert list(found) == ["ranking", "right", "other"]
+    assert found["right"]["labels"] == found["right"]["second"] == 100 and found["right"]["ranked"] == len(actual)
+    agreed = [called[clip] == actual[clip] for clip in actual]
+    assert found["right"]["ensemble"] == pytest.approx(100 * sum(agreed) / len(agreed))
+    assert found["other"]["ranked"] == len(run.final.others) and found["other"]["labels"] == 0
+    surprised = [label == run.labels[-1] for label in actual.values()]
+    assert found["ranking"]["labels"] == found["ranking"]["others"]["right"] == pytest.approx(
+        100 * sum(surprised) / len(surprised))
+    assert found["other"]["others"]["right"] == found["right"]["others"]["other"] == 0
+    html = page(run)
+    assert 'id="voices"' in html and "<td>right" in html
 
 
 def test_a_transcript_can_do_nothing(run: Run) -> None:

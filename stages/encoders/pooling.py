@@ -26,4 +26,4 @@ def pooled_row(clip_id: str, features: np.ndarray, keep_frames: bool, variance: 
 
 def encoded_row(encoder: Any, clip_id: str, features: np.ndarray, keep_frames: bool) -> Row:
     """The row of what the encoder gave for a clip: (T, C), or (T, folds * C) of one that is trained per fold."""
-    return pooled_row(clip_id, features, keep_frames, encoder.variance)
+    return pooled_row(clip_id, features, keep_frames, getattr(encoder, "variance", True))

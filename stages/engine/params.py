@@ -99,16 +99,45 @@ class Price(Section):
 
 
 class Rankings(Section):
+    """One voice, and in `providers` further ones: what differs from the first, by name."""
+
     provider: Literal["lexicon", "openai", "transformers"]
+    input: Literal["transcript", "clip"]
     model: str
     revision: str | None
     base_url: Annotated[str, Field(pattern=r"^https?://[^/@]+(/[^@]*)?$")] | None  # no user:key@, which logs would show
     api_key_env: str
     batch: bool
+    reasoning_effort: str | None
+    max_output_tokens: Annotated[int, Field(ge=50)]
     prompt_version: Literal["v1"]
     max_cost_usd: Annotated[float, Field(ge=0)]
     price_per_million: Price
     dtype: Dtype
+    frames: Positive
+    frame_side: Annotated[int, Field(ge=16)]
+    max_clip_mb: PositiveFloat
+    providers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], dict[str, Any]]
+
+    @model_validator(mode="after")
+    def _voices_are_whole(self) -> Self:
+        if self.provider == "lexicon" and self.input == "clip":
+            raise ValueError("rankings.input: found 'clip', expected 'transcript' for provider lexicon")
+        for name, changes in self.providers.items():
+            if name == "ranking":
+                raise ValueError("rankings.providers.ranking: the name is taken by the first voice; choose another")
+            for key in changes:
+                if key in ("providers", "max_cost_usd"):
+                    raise ValueError(f"rankings.providers.{name}.{key}: holds for all voices; set rankings.{key}")
+            try:
+                self.voice(name)
+            except ValidationError as error:
+                raise ValueError(f"rankings.providers.{name}.{describe(error)}") from None
+        return self
+
+    def voice(self, name: str) -> "Rankings":
+        """A further voice as if it were alone."""
+        return Rankings.model_validate(self.model_dump() | {"providers": {}} | self.providers[name])
 
 
 class Extractor(BaseModel):

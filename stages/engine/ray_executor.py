@@ -20,7 +20,7 @@ from stages.engine.params import Params
 from stages.engine.ray_cluster import Slot, appears, connection, plan_slots, sound_nodes
 from stages.engine.work import Shard, Target, Work, write_shards
 
-ATTEMPTS = 3  # at one block
+RESTARTS = 2  # of an actor whose process ends
 BLOCKS = 4  # for each slot: few, since a block's first shard waits for nothing while the one before it is encoded
 PATIENCE_SECONDS = 30  # until it is said that all slots are taken
 
@@ -81,7 +81,7 @@ def _run(ray: Any, todo: Sequence[Shard], work: Work, target: Target, slots: Seq
     reference = ray.put(work)
     pool = ActorPool([
         ray.remote(_Actor).options(
-            num_cpus=slot.cpus, num_gpus=slot.gpus, max_restarts=ATTEMPTS - 1, max_task_retries=ATTEMPTS - 1,
+            num_cpus=slot.cpus, num_gpus=slot.gpus, max_restarts=RESTARTS, max_task_retries=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=True),  # soft: a lost node's goes on
         ).remote(os.getcwd(), reference, target, slot)
         for slot in slots
@@ -90,7 +90,7 @@ def _run(ray: Any, todo: Sequence[Shard], work: Work, target: Target, slots: Seq
 
     def submit(actor: Any, block: Sequence[Shard]) -> Any:
         under_way[actor._actor_id.hex()] = block
-        return actor.compute.options(retry_exceptions=True).remote(block)
+        return actor.compute.remote(block)
 
     size = -(-len(todo) // (BLOCKS * len(slots)))
     for start in range(0, len(todo), size):
@@ -131,12 +131,12 @@ def _name(block: Sequence[Shard]) -> str:
 
 
 def _failure(ray: Any, error: Any, target: Target, under_way: dict[str, Sequence[Shard]]) -> str:
-    """One line on a block that failed for good."""
+    """One line on a block that failed: by an error that nobody foresaw, or since its process ended again and again."""
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
         name, *notes = cause.__notes__
         why = ": ".join([*notes, f"{type(cause).__name__}: {one_line(cause)}"])
     else:
         name = _name(under_way[error.actor_id])
-        why = f"its process was ended from outside ({one_line(error)})"
-    return f"{target.stage}: {name} failed {ATTEMPTS} times: {why}; finished shards are kept"
+        why = f"its process was ended from outside {RESTARTS + 1} times ({one_line(error)})"
+    return f"{target.stage}: {name} failed: {why}; finished shards are kept"

@@ -21,6 +21,7 @@ from stages.engine.params import FusionParams
 from stages.evaluation import charts, figures
 from stages.evaluation.artefacts import Predictions, Run, read_rankings, read_transcripts
 from stages.evaluation.thumbnails import thumbnails
+from stages.evaluation.voices import agreement
 
 MISTAKES = 40       # shown, most confidently wrong first
 PSEUDO_LABELS = 500  # shown, in order of selection
@@ -61,6 +62,7 @@ def render_report(run: Run, p: FusionParams, headline: dict[str, Any], predictio
         run=run, p=p, figures=headline, split=split, specs=specs, wrong=wrong, pseudo=pseudo,
         robustness=robustness is not None and robustness.to_dict("records"),
         colors={label: charts.COLORS[i % len(charts.COLORS)] for i, label in enumerate(run.labels)},
+        voices=agreement(run, predictions),
         skipped=run.skipped.head(SKIPPED).to_dict("records"),
         warnings=figures.warnings(run, p.self_training.rounds, p.self_training.k),
         scripts=[Markup(script) for script in (bundle, DRAW)],

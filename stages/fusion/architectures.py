@@ -37,7 +37,8 @@ class Architecture:
     def build(self, generator: torch.Generator | None = None) -> nn.Module:
         """A model with fresh weights on the current default device. PipelineError for a name that is no fusion's."""
         module = f"stages.fusion.{self.name}"
-        model = getattr(importlib.import_module(module), "Model", None) if find_spec(module) else None
+        known = str(self.name).isidentifier() and find_spec(module)  # a bundle's name may be anything
+        model = getattr(importlib.import_module(module), "Model", None) if known else None
         if model is None:
             raise PipelineError(f"params.yaml: fusion.architecture: found {self.name!r}, expected a module of "
                                 f"stages/fusion with a class Model")

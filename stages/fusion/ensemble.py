@@ -129,16 +129,15 @@ def load_ensemble(folder: str | Path) -> Ensemble:
         )
         labels, seeds = tuple(description["labels"]), tuple(description["seeds"])
         folds, learned_from = description["folds"], description["learned_from"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        with torch.device("meta"):
+            shapes = {name: tuple(values.shape) for name, values in architecture.build().state_dict().items()}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise PipelineError(f"{folder}: can't read the ensemble ({one_line(error)}); make it anew with: dvc repro"
                             ) from None
-    with torch.device("meta"):
-        shapes = {name: tuple(values.shape) for name, values in architecture.build().state_dict().items()}
     weights = {name: _tensor(path, tensors, name, (len(seeds), folds, *shape)) for name, shape in shapes.items()}
     statistics = {}
     for name, dimension in zip(architecture.modalities, architecture.dimensions, strict=True):
-        parts = (_tensor(path, tensors, f"standardize.{name}.{part}", (folds, dimension)) for part in ("mean", "scale"))
-        mean, scale = parts
+        mean, scale = (_tensor(path, tensors, f"standardize.{name}.{p}", (folds, dimension)) for p in ("mean", "scale"))
         statistics[name] = (mean, scale)
     return Ensemble(architecture, labels, seeds, weights, statistics, learned_from)
 

@@ -9,26 +9,31 @@ from typing import Any
 
 from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
+from stages.engine.files import file_digest
 from stages.engine.inputs import identity, ranked_item, row_inputs
 from stages.engine.params import Params
 from stages.engine.workers import Workers
 from stages.inference.media import Decoding, media_functions
 from stages.inference.trained import Trained
 from stages.rankings.cache import Answer
+from stages.rankings.clips import item_of
 from stages.rankings.providers import rank
 
 
 class Texts:
     """Transcripts and, where an encoder wants them, rankings."""
 
-    def __init__(self, transcripts: Mapping[Path, str], answers: Mapping[str, Answer]):
+    def __init__(
+        self, transcripts: Mapping[Path, str], answers: Mapping[str, Answer], items: Mapping[Path, str] | None = None
+    ):
         self._transcripts, self._answers = transcripts, answers
+        self._items = transcripts if items is None else items  # what the ranking provider was asked for each clip
 
     def transcript(self, clip: Path) -> str:
         return self._transcripts.get(clip, "")
 
     def ranking(self, clip: Path) -> list[str] | None:
-        answer = self._answers.get(self.transcript(clip))
+        answer = self._answers.get(self._items.get(clip, ""))
         return answer.ranking if answer else None
 
     def item(self, clip: Path, medium: str) -> Any:
@@ -36,7 +41,7 @@ class Texts:
         transcript = self.transcript(clip)
         if medium == "transcripts.csv" or not transcript:
             return transcript
-        answer = self._answers[transcript]
+        answer = self._answers[self._items[clip]]
         return ranked_item(transcript, answer.ranking, answer.reason)
 
 
@@ -53,8 +58,13 @@ def find_texts(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str
     if wordless and p.transcribe.checkpoint:
         transcripts |= recognize(wordless, p, workers)
     distinct = list(dict.fromkeys(text for clip in clips if (text := transcripts.get(clip))))
-    ranked = distinct and "rankings.jsonl" in trained.media
-    return Texts(transcripts, rank(distinct, p) if ranked else {})
+    if not distinct or "rankings.jsonl" not in trained.media:
+        return Texts(transcripts, {})
+    if p.rankings.input == "transcript":
+        return Texts(transcripts, rank(distinct, p))
+    items = {clip: item_of(file_digest(clip), text) for clip in clips if (text := transcripts.get(clip))}
+    answers = rank(list(dict.fromkeys(items.values())), p, {item: clip for clip, item in items.items()})
+    return Texts(transcripts, answers, items)
 
 
 def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, str]:

@@ -113,7 +113,7 @@ class CenterFace:
     """The network on the given onnxruntime execution providers, one thread: clips run in parallel.
 
     fused: let onnxruntime treat the weights as constants, merge layers and choose a memory layout: 2.3 times as fast.
-    Outputs differ by some 1e-6, so detection of every frame goes without it and keeps the bytes of older stores.
+    Outputs differ by up to 1e-5, so detection of every frame goes without it and keeps the bytes of older stores.
     """
 
     def __init__(self, providers: tuple[str, ...] = CPU, fused: bool = False):

@@ -59,8 +59,10 @@ def _checkpoints(p: Params) -> Iterator[str]:
         needed["emovclip.checkpoint"] = p.emovclip.checkpoint, p.emovclip.revision
     if media_read(p) & set(TEXTS) and p.transcribe.checkpoint:
         needed["transcribe.checkpoint"] = p.transcribe.checkpoint, p.transcribe.revision
-    if "rankings.jsonl" in media_read(p) and p.rankings.provider == "transformers":
-        needed["rankings.model"] = p.rankings.model, p.rankings.revision
+    if "rankings.jsonl" in media_read(p):
+        voices = {"": p.rankings} | {f"providers.{name}.": p.rankings.voice(name) for name in p.rankings.providers}
+        needed |= {f"rankings.{name}model": (voice.model, voice.revision) for name, voice in voices.items()
+                   if voice.provider == "transformers"}
     faults = {named: checkpoint_fault(p, *named) for named in dict.fromkeys(needed.values())}
     for fault in dict.fromkeys(filter(None, faults.values())):  # several params may name the same
         keys = [f"{key} ({named[0]})" for key, named in needed.items() if faults[named] == fault]
@@ -131,11 +133,11 @@ def _detector(p: Params) -> Iterator[str]:
 def _ranker(p: Params) -> Iterator[str]:
     if "rankings.jsonl" not in media_read(p):
         return
-    r = p.rankings
-    if r.provider == "lexicon" and importlib.util.find_spec("cntext") is None:
-        yield "rankings.provider: lexicon needs the package cntext, which is not installed: run make"
-    if r.provider == "openai" and r.base_url is None and not os.environ.get(r.api_key_env, "").strip():
-        yield "rankings.api_key_env: no key in the environment variable that it names; expected one, or a base_url"
+    for r in [p.rankings, *map(p.rankings.voice, p.rankings.providers)]:
+        if r.provider == "lexicon" and importlib.util.find_spec("cntext") is None:
+            yield "rankings.provider: lexicon needs the package cntext, which is not installed: run make"
+        if r.provider == "openai" and r.base_url is None and not os.environ.get(r.api_key_env, "").strip():
+            yield "rankings.api_key_env: no key in the environment variable that it names; expected one, or a base_url"
 
 
 def row_left_out(p: Params, name: str) -> str | None:

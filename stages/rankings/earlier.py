@@ -6,56 +6,68 @@ grew asks for its new transcripts only.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.engine.dvc_cache import cache_folder, cached
 from stages.engine.errors import PipelineError
-from stages.engine.params import Params, read_yaml
-from stages.rankings.cache import Answer
+from stages.engine.params import read_yaml
+from stages.rankings.cache import VENDOR, Answer, Question
 
 OUT = "data/rankings.jsonl"
-ASKED = ("provider", "model", "revision", "dtype", "prompt_version")  # of `rankings`: what an answer depends on
 
 
-def earlier_answers(transcripts: Sequence[str], p: Params, needed: bool) -> list[Answer]:
-    """The valid answers to these transcripts in the earlier rankings.jsonl, if the same model was asked the same.
+def earlier_answers(items: Sequence[str], question: Question, needed: bool) -> list[Answer]:
+    """The valid answers to these items in the earlier rankings.jsonl, in whichever voice's column asked this question.
 
+    Rows from before they named their question count where all that dvc.lock and they do name agrees.
     Raises PipelineError where the file is damaged, or where it is `needed` (nothing is known without it, and asking
     costs money) but missing from DVC's cache.
     """
     locked = read_yaml("dvc.lock")["stages"].get("rank_emotions") if Path("dvc.lock").exists() else None
-    if not locked or not _asked_the_same(locked, p):
+    if not locked:
+        return []
+    params = locked["params"]["params.yaml"]
+    first = params["rankings"]
+    asked = [first, *(first | changes for changes in (first.get("providers") or {}).values())]
+    same = [before for before in asked if _asked_the_same(before, params["corpus.labels"], question)]
+    if not same:
         return []
     md5 = next(out["md5"] for out in locked["outs"] if out["path"] == OUT)
     path = cached(cache_folder(), md5)
     if not path.exists():
         if needed:
             raise PipelineError(
-                f"{OUT}: {len(transcripts)} transcripts are not ranked on this machine, but dvc.lock knows rankings "
+                f"{OUT}: {len(items)} transcripts are not ranked on this machine, but dvc.lock knows rankings "
                 f"that were paid for: `dvc pull {OUT}` brings them. If they are lost, remove rank_emotions from "
                 f"dvc.lock to ask again"
             )
         return []
     # the mark halves the price, as the batch did, where the sum that was spent is counted; older locks lack the param
-    batch = md5 if _params(locked)["rankings"].get("batch") else ""
+    batch = md5 if same[0].get("batch") else ""
     try:
-        rows = {row["transcript"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        cells = {item: cell for row in rows for item, cell in _cells(row, question.digest)}
         return [
-            Answer(text, rows[text]["ranking"], rows[text]["input_tokens"], rows[text]["output_tokens"], batch=batch)
-            for text in transcripts
-            if text in rows and rows[text]["ranking"] is not None
+            Answer(item, cell["ranking"], cell["input_tokens"], cell["output_tokens"], batch=batch)
+            for item in items
+            if (cell := cells.get(item)) is not None and cell["ranking"] is not None
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(f"{path}: damaged ({error!r}); remove it, then `dvc pull {OUT}`") from None
 
 
-def _asked_the_same(locked: dict[str, Any], p: Params) -> bool:
-    before, now = _params(locked), p.rankings.model_dump()
-    same = all(before["rankings"].get(key) == now[key] for key in ASKED)
-    return same and sorted(before["corpus.labels"]) == sorted(p.corpus.labels)
+def _cells(row: dict[str, Any], digest: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A row's answers to this question, by item."""
+    for cell in (row, *row.get("voices", {}).values()):
+        if cell.get("question", digest) == digest:
+            yield cell.get("item", row["transcript"]), cell
 
 
-def _params(locked: dict[str, Any]) -> dict[str, Any]:
-    return locked["params"]["params.yaml"]
+def _asked_the_same(before: dict[str, Any], labels: Sequence[str], question: Question) -> bool:
+    """Whether these params of dvc.lock, as far as it knows them, ask this question; of a local model no digest."""
+    server = (before.get("base_url") or VENDOR) if before["provider"] == "openai" else ""
+    asked = (before["provider"], before["prompt_version"], server, tuple(labels), before.get("input") == "clip")
+    now = (question.provider, question.prompt_version, question.base_url, question.labels, bool(question.clip))
+    return asked == now and question.model.split("@")[0] == before["model"]

@@ -1,4 +1,4 @@
-"""The question put to a language model, and the check of its answer.
+"""The question put to a language model.
 
 [paper 3.4] GPT-4 reads the transcript alone and ranks the six emotions by likelihood. The paper does not print its
 prompt: the wording is ours [choice]. Prompts are versioned, never edited: an answer in the cache belongs to exactly
@@ -6,11 +6,10 @@ one wording, so a better wording is a new version next to the old one.
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-# English names mean little to a model that reads Mandarin all day: both, so that neither has to be guessed.
+# Each label in Chinese and in English, so that neither language has to be guessed from the other.
 GLOSSARY = {
     "neutral": "中性, calm or matter-of-fact",
     "anger": "愤怒, also annoyance, contempt and reproach",
@@ -20,27 +19,38 @@ GLOSSARY = {
     "surprise": "惊讶, also disbelief",
 }
 
-PROMPTS = {
-    "v1": (
-        "You are an expert in recognising emotions from what people say in Chinese films and television series. "
-        "You get the transcript of one spoken line, without sound or picture. Rank all {count} emotions by how likely "
-        "the speaker feels them, the most likely first. Judge the speaker's own feeling, not the topic. "
-        "Take neutral as the most likely where nothing in the words speaks for an emotion.\n"
-        "The emotions:\n{glossary}\n"
-        'Answer with one JSON object and nothing else: {{"ranking": [{count} names, each exactly once, '
-        "spelt as above, the most likely first]}}.",
-        "Transcript: {transcript}",
-    )
+PROMPTS = {  # by what is sent, then by version: the instructions and the question
+    "transcript": {
+        "v1": (
+            "You are an expert in recognising emotions from what people say in Chinese films and television series. "
+            "You get the transcript of one spoken line, without sound or picture. Rank all {count} emotions by how "
+            "likely the speaker feels them, the most likely first. Judge the speaker's own feeling, not the topic. "
+            "Take neutral as the most likely where nothing in the words speaks for an emotion.\n"
+            "The emotions:\n{glossary}\n"
+            'Answer with one JSON object and nothing else: {{"ranking": [{count} names, each exactly once, '
+            "spelt as above, the most likely first]}}.",
+            "Transcript: {transcript}",
+        )
+    },
+    "clip": {
+        "v1": (
+            "You are an expert in recognising emotions from Chinese films and television series. You get one short "
+            "clip: frames of it in order, its sound, and the transcript of what is said, as far as there are any. Rank "
+            "all {count} emotions by how likely the speaker feels them, the most likely first, from face, voice and "
+            "words together. Judge the speaker's own feeling, not the topic. Take neutral as the most likely where "
+            "nothing speaks for an emotion.\n"
+            "The emotions:\n{glossary}\n"
+            'Answer with one JSON object and nothing else: {{"ranking": [{count} names, each exactly once, '
+            "spelt as above, the most likely first]}}.",
+            "Transcript: {transcript}",
+        )
+    },
 }
 
 
-class InvalidAnswer(ValueError):
-    """The answer is no ranking; str(error) says why, in words that are also sent back to the model."""
-
-
-def messages(transcript: str, labels: Sequence[str], version: str) -> list[dict[str, str]]:
-    """The chat messages that ask for the ranking of one transcript. KeyError for an unknown version."""
-    system, user = PROMPTS[version]
+def messages(transcript: str, labels: Sequence[str], version: str, source: str = "transcript") -> list[dict[str, str]]:
+    """The chat messages that ask for one ranking, from this source. KeyError for an unknown version."""
+    system, user = PROMPTS[source][version]
     lines = [f"- {label} ({GLOSSARY[label]})" if label in GLOSSARY else f"- {label}" for label in labels]
     return [
         {"role": "system", "content": system.format(count=len(labels), glossary="\n".join(lines))},
@@ -67,28 +77,3 @@ def response_format(labels: Sequence[str]) -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {"type": "json_schema", "json_schema": {"name": "ranking", "strict": True, "schema": schema}}
-
-
-def parse(answer: str, labels: Sequence[str]) -> list[str]:
-    """The ranking in a model's answer: a permutation of the labels. Raises InvalidAnswer.
-
-    Text around the JSON object (a code fence, a thought) is forgiven, case and blanks too; a wrong name is not.
-    """
-    start, end = answer.rfind("{"), answer.rfind("}")
-    try:
-        found = json.loads(answer[start : end + 1])["ranking"]
-    except (ValueError, KeyError, TypeError):
-        raise InvalidAnswer('it is no JSON object with the key "ranking"') from None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise InvalidAnswer('"ranking" is no list of names')
-    by_name = {label.lower(): label for label in labels}
-    names = [name.strip().lower() for name in found]
-    counts = Counter(names)
-    faults = {
-        "unknown": [name for name in counts if name not in by_name],
-        "missing": [label for name, label in by_name.items() if name not in counts],
-        "more than once": [name for name, count in counts.items() if count > 1],
-    }
-    if any(faults.values()):
-        raise InvalidAnswer("; ".join(f"{what}: {', '.join(which)}" for what, which in faults.items() if which))
-    return [by_name[name] for name in names]

@@ -1,110 +1,155 @@
-"""Answers to transcripts: from the cache where they were paid for, from params.rankings.provider where not."""
+"""Answers to items: from the cache where they were paid for, from params.rankings.provider where not.
+
+An item is a transcript, or for a voice with `input: clip` what clips.item_of names.
+"""
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.params import Params, Rankings
-from stages.rankings.cache import Answer, Cache
+from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer, Cache, Question, giving_up
+from stages.rankings.clips import ClipChat, Sampling
 from stages.rankings.earlier import earlier_answers
+from stages.rankings.takeover import take_over
 
 if TYPE_CHECKING:
     from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
-    from stages.rankings.transformers_provider import Transformers
+
+FIRST = "ranking"  # the voice that `rankings` itself describes, and its column in data/rankings.jsonl
 
 
-def rank(transcripts: Sequence[str], p: Params) -> dict[str, Answer]:
-    """An answer to each of these distinct transcripts, from the cache or else the provider."""
-    labels = p.corpus.labels
+def voices(p: Params) -> dict[str, Params]:
+    """The params of each voice as if it were alone, the first one first."""
+    further = {name: p.model_copy(update={"rankings": p.rankings.voice(name)}) for name in p.rankings.providers}
+    return {FIRST: p} | further
+
+
+def rank(
+    items: Sequence[str], p: Params, clips: Mapping[str, Path] | None = None, spent_elsewhere: float = 0.0
+) -> dict[str, Answer]:
+    """An answer to each of these distinct items, from the cache or else the provider.
+
+    `clips`: where the clip of each item lies, for `input: clip`. `spent_elsewhere`: USD that other voices cost.
+    """
     if p.rankings.provider == "lexicon":
         from stages.rankings.lexicon import Lexicon
 
         # Not cached: as fast as the cache, and a change of its word list shows at once.
         answers: list[Answer] = []
-        Lexicon(p.rankings.model, labels).rank(transcripts, answers.extend)
+        Lexicon(p.rankings.model, p.corpus.labels).rank(items, answers.extend)
         return {answer.transcript: answer for answer in answers}
-    cache = Cache(p.rankings.provider, model_identity(p.rankings), p.rankings.prompt_version, labels)
-    known = cache.load(transcripts)
-    if unanswered(transcripts, known) or under_way(p, cache):
+    cache = Cache(question(p))
+    if p.rankings.input == "transcript":
+        take_over(cache)
+    known = cache.load(items)
+    if unanswered(items, known) or under_way(p, cache):
         with cache.asking():
-            known = cache.load(transcripts)  # another process may have asked while we waited
-            wanted = unanswered(transcripts, known)
+            known = cache.load(items)  # another process may have asked while we waited
+            wanted = unanswered(items, known)
             if wanted and not under_way(p, cache):
                 needed = p.rankings.provider == "openai" and not known
-                cache.append(earlier_answers(wanted, p, needed))
-                wanted = unanswered(transcripts, cache.load(transcripts))
+                cache.append(earlier_answers(wanted, cache.question, needed))
+                wanted = unanswered(items, cache.load(items))
             if wanted or under_way(p, cache):
-                is_openai = p.rankings.provider == "openai"
-                provider = openai(p, cache, transcripts) if is_openai else transformers(p)
-                provider.rank(wanted, cache.append)
-        known = cache.load(transcripts)
+                if p.rankings.provider == "openai":
+                    spent = cache.spent(items, prices(p.rankings)) + spent_elsewhere
+                    openai(p, cache, spent, clips or {}).rank(wanted)
+                else:
+                    transformers(p, wanted, cache, clips or {})
+        known = cache.load(items)
     return known
+
+
+def spent(items: Sequence[str], p: Params) -> float:
+    """USD that these items cost so far."""
+    return Cache(question(p)).spent(items, prices(p.rankings)) if p.rankings.provider == "openai" else 0.0
+
+
+def prices(rankings: Rankings) -> tuple[float, float]:
+    return rankings.price_per_million.input, rankings.price_per_million.output
+
+
+def question(p: Params) -> Question:
+    """What these params ask."""
+    r = p.rankings
+    server = (r.base_url or VENDOR) if r.provider == "openai" else ""
+    effort = (r.reasoning_effort or "") if server else ""
+    clip = str(sampling(r)) if r.input == "clip" else ""
+    return Question(r.provider, model_identity(r), r.prompt_version, tuple(p.corpus.labels), server, effort, clip)
+
+
+def sampling(rankings: Rankings) -> Sampling:
+    return Sampling(rankings.frames, rankings.frame_side, rankings.max_clip_mb)
 
 
 def under_way(p: Params, cache: Cache) -> bool:
     """Whether batches of an earlier run wait to be collected."""
-    from stages.rankings.journal import Journal
-
-    return p.rankings.batch and bool(Journal(cache).jobs())
+    return p.rankings.batch and bool(cache.jobs())
 
 
-def unanswered(transcripts: Sequence[str], known: Mapping[str, Answer]) -> list[str]:
-    """What has to be asked: the unknown, and what got no valid answer so far."""
-    return [t for t in transcripts if t not in known or known[t].ranking is None]
+def unanswered(items: Sequence[str], known: Mapping[str, Answer]) -> list[str]:
+    """What has to be asked: the unknown, and what got no valid answer in fewer than MOST_REPLIES."""
+    return [t for t in items if t not in known or (not known[t].ranking and known[t].replies < MOST_REPLIES)]
 
 
 def model_identity(rankings: Rankings) -> str:
     """What tells this model's answers from another's in the cache."""
-    if rankings.provider == "openai":
+    if rankings.provider != "transformers":
         return rankings.model
     digest = checkpoint_digest(rankings.model).hex()[:16]
     return "@".join(filter(None, [rankings.model, rankings.revision, digest, rankings.dtype]))
 
 
-def openai(p: Params, cache: Cache, transcripts: Sequence[str]) -> "OpenAI | Batches":
-    """The openai provider, knowing what these transcripts cost so far. Raises PipelineError without a key."""
+def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Path]) -> "OpenAI | Batches":
+    """The openai provider, after a look at the model. Raises PipelineError without a key."""
     from stages.rankings.chat import Chat
-    from stages.rankings.journal import Journal
     from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
+    from stages.rankings.server import look_up
 
-    rankings, price = p.rankings, (p.rankings.price_per_million.input, p.rankings.price_per_million.output)
-    name = rankings.api_key_env
+    r = p.rankings
+    name = r.api_key_env
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # a key, most likely: not to be repeated
         raise PipelineError("params.yaml: rankings.api_key_env: expected the NAME of an environment variable")
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise PipelineError(f"rankings.api_key_env: the environment variable {name} holds characters that no key has")
-    if not key and rankings.base_url is None:
+    if not key and r.base_url is None:
         raise PipelineError(f"rankings.api_key_env: the environment variable {name} is not set; expected the key in it")
-    # a server of one's own needs no key
-    chat = Chat(rankings.model, p.corpus.labels, rankings.prompt_version, rankings.base_url, key or "no-key-needed")
-    spent = cache.spent(transcripts, price)
-    if rankings.batch:
-        return Batches(chat, cache, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
-    if under_way := Journal(cache).jobs():
+    jobs = cache.jobs()
+    if jobs and not r.batch:
         raise PipelineError(
-            f"rankings.batch: found false, but {len(under_way)} batches are under way or wait to be collected; "
-            f"expected true, or delete {Journal(cache).folder} to give up what they cost"
+            f"rankings.batch: found false, but {len(jobs)} batches are under way or wait to be collected; "
+            f"expected true, or give up what they cost: {giving_up(jobs[0])}"
         )
-    return OpenAI(chat, price=price, max_cost_usd=rankings.max_cost_usd, spent_usd=spent)
+    key = key or "no-key-needed"  # a server of one's own needs none
+    asked = (r.model, p.corpus.labels, r.prompt_version, r.base_url, key)
+    options: dict[str, Any] = {"max_output_tokens": r.max_output_tokens, "reasoning_effort": r.reasoning_effort}
+    if r.input == "clip":
+        chat: Chat = ClipChat(*asked, paths=clips, sampling=sampling(r), **options)
+    else:
+        chat = Chat(*asked, **options)
+    look_up(chat)
+    kind = Batches if r.batch else OpenAI
+    return kind(chat, cache, price=prices(r), max_cost_usd=r.max_cost_usd, spent_usd=spent_usd)
 
 
-def transformers(p: Params) -> "Transformers":
-    """The transformers provider on this machine's device."""
+def transformers(p: Params, items: Sequence[str], cache: Cache, clips: Mapping[str, Path]) -> None:
+    """Ask the local model, on this machine's device."""
+    r = p.rankings
+    options: dict[str, Any] = {"revision": r.revision, "dtype": r.dtype, "device": pick_device(p.runtime.device)}
+    if r.input == "clip":
+        from stages.rankings.omni_provider import Omni
+
+        omni = Omni(r.model, p.corpus.labels, r.prompt_version, sampling=sampling(r), paths=clips, **options)
+        return omni.rank(items, cache.append)
     from stages.rankings.transformers_provider import Transformers
 
-    rankings = p.rankings
-    return Transformers(
-        rankings.model,
-        p.corpus.labels,
-        rankings.prompt_version,
-        revision=rankings.revision,
-        dtype=rankings.dtype,
-        device=pick_device(p.runtime.device),
-    )
+    Transformers(r.model, p.corpus.labels, r.prompt_version, **options).rank(items, cache.append)

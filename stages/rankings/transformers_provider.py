@@ -11,6 +11,7 @@ batch gives what its members give alone, whatever position scheme the model has.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -66,12 +67,7 @@ class Transformers:
         a say in where a word begins. The closing quote keeps a label from being the beginning of another.
         """
         text, special = self._text(prompt.messages(transcript, self.labels, self.prompt_version))
-        ids = [
-            self._tokenizer(f'{text}{OPENING}{label}"', add_special_tokens=special)["input_ids"]
-            for label in self.labels
-        ]
-        common = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
-        return ids[0][:common], [tokens[common:] for tokens in ids]
+        return encode_labels(self._tokenizer, text, self.labels, special)
 
     def _text(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
         """The conversation as the model knows it, and whether the tokenizer has to add its special tokens."""
@@ -106,12 +102,29 @@ class Transformers:
             past.batch_repeat_interleave(len(self.labels))
             rest = self._model(input_ids=labels[:, :-1], past_key_values=past, use_cache=True)
             steps = torch.cat([steps, rest.logits], dim=1)
-        chosen = steps.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-        inside = torch.arange(longest, device=self._device) < lengths[:, None]
-        means = chosen.masked_fill(~inside, 0).sum(-1) / lengths
-        if not means.isfinite().all():
-            raise PipelineError(f"checkpoint {self._checkpoint}: non-finite scores; try rankings.dtype: float32")
-        return means.reshape(len(batch), -1).cpu()
+        return mean_log_probability(steps, labels, lengths, self._checkpoint).reshape(len(batch), -1).cpu()
+
+
+def encode_labels(tokenizer: Any, text: str, labels: Sequence[str], special: bool) -> Encoded:
+    """The tokens of a prompt up to where the labels part, and each label's after it, as Transformers.encode."""
+    ids = [tokenizer(f'{text}{OPENING}{label}"', add_special_tokens=special)["input_ids"] for label in labels]
+    common = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+    return ids[0][:common], [tokens[common:] for tokens in ids]
+
+
+def mean_log_probability(
+    steps: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, checkpoint: str
+) -> torch.Tensor:
+    """Logits (n, length, vocabulary) before the tokens (n, length), of which lengths (n,) count -> (n,) float32.
+
+    Raises PipelineError for values that are not finite (half precision that overflowed).
+    """
+    chosen = steps.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    means = chosen.masked_fill(~inside, 0).sum(-1) / lengths
+    if not means.isfinite().all():
+        raise PipelineError(f"checkpoint {checkpoint}: non-finite scores; try rankings.dtype: float32")
+    return means
 
 
 def _batches(prompts: dict[str, Encoded]) -> Iterator[list[str]]:
