@@ -20,6 +20,7 @@ from stages.engine.files import empty_folder, file_digest, write_json, write_row
 from stages.engine.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
 from stages.engine.manifest import read_folds, read_manifest
 from stages.engine.params import EmoVCLIP, Params, load
+from stages.engine.plan import left_out
 from stages.engine.store import Store
 
 if TYPE_CHECKING:
@@ -153,6 +154,10 @@ def main() -> None:
     p = load()
     device = pick_device(p.runtime.device)
     empty_folder(OUT)
+    if reason := left_out("emovclip"):
+        write_rows(OUT / "curves.csv", CURVES, [])
+        print(f"train_emovclip: {OUT} has no prompts: {reason}")
+        return
     write_rows(OUT / "curves.csv", CURVES, train_all(p, device))
 
 

@@ -201,7 +201,10 @@ def test_params_that_are_not_those_of_the_models_are_found() -> None:
                 rank_emotions={"rankings": {"provider": "lexicon", "max_cost_usd": 0}},
                 train_fusion={"fusion": {"hidden": 128}}, extract__gone={"extractors.gone": {"layers": [1]}},
                 extract__hubert={"extractors.hubert": {"layers": [-1]}})
-    check_params(values, same, ("hubert",))
+    same["stages"]["extract_hubert"] = {"params": {"params.yaml": {"extractors.hubert": {"layers": [-9]}}}}  # of old
+    same["stages"]["plan"] = {"params": {"params.yaml": {"extractors": {"hubert": {"layers": [-9]}}}}}
+    pipeline = {"stages": dict.fromkeys(("plan", "extract_audio", "rank_emotions", "train_fusion", "extract"))}
+    check_params(values, same, ("hubert",), pipeline)
     for key, changed in {
         "audio.sample_rate": lock(extract_audio={"audio": {"sample_rate": 16000}}),
         "corpus.labels": lock(train_fusion={"corpus.labels": ["b", "a"]}),
@@ -209,4 +212,4 @@ def test_params_that_are_not_those_of_the_models_are_found() -> None:
         "extractors.hubert.layers": lock(extract__hubert={"extractors.hubert": {"layers": [-2, -1]}}),
     }.items():
         with pytest.raises(PipelineError, match=rf"params.yaml: {key}: found .* run dvc repro"):
-            check_params(values, changed, ("hubert",))
+            check_params(values, changed, ("hubert",), pipeline)

@@ -33,10 +33,10 @@ def examine(path: str) -> tuple[int, str, float | None]:
 def examine_all(p: Params, entries: list[Entry]) -> list[Clip]:
     """The manifest's rows; files are read in worker processes, because a damaged one can crash its reader."""
     root = Path(p.corpus.path)
-    paths = list(dict.fromkeys(entry.path for entry in entries))  # several entries may be segments of one file
+    paths = list(dict.fromkeys(entry.path for entry in entries if entry.path))  # several may be segments of one file
     pool = Workers(pick_workers(p.runtime), p.runtime.clip_timeout_seconds)
     results = pool.map(examine, ((str(root / path),) for path in paths))
-    files = {}
+    files: dict[str, tuple[int, str, float | None]] = {"": (0, "", None)}  # of clips of words alone
     for path, result in zip(paths, tqdm(results, "corpus", len(paths), unit="clip", mininterval=1), strict=True):
         if isinstance(result, Skip):  # its reader crashed or timed out: the later stages record why they can't use it
             result = (root / path).stat().st_size, file_digest(root / path), None
