@@ -20,7 +20,8 @@ from stages.engine.manifest import read_manifest, read_transcripts
 from stages.engine.params import Params, load
 from stages.rankings.cache import FOLDER, Answer
 from stages.rankings.clips import item_of
-from stages.rankings.providers import FIRST, question, rank, spent, voices
+from stages.rankings.providers import question, rank, spent, voices
+from stages.rankings.voices import FIRST
 
 OUT = Path("data/rankings.jsonl")
 REASONS_SHOWN = 3
