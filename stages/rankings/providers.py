@@ -17,12 +17,11 @@ from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer, Cache, Question,
 from stages.rankings.clips import ClipChat, Sampling
 from stages.rankings.earlier import earlier_answers
 from stages.rankings.takeover import take_over
+from stages.rankings.voices import FIRST
 
 if TYPE_CHECKING:
     from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
-
-FIRST = "ranking"  # the voice that `rankings` itself describes, and its column in data/rankings.jsonl
 
 
 def voices(p: Params) -> dict[str, Params]:
