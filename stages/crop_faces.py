@@ -10,7 +10,7 @@ from stages.media.face_crops import faces_decoder
 
 def main() -> None:
     p = load()
-    write_media_store("crop_faces", Path("data/faces"), "images", faces_decoder(p), p,
+    write_media_store("crop_faces", Path("data/faces"), "images", faces_decoder, p,
                       {"detector": p.faces.detector, "size": p.faces.size})
 
 

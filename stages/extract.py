@@ -6,10 +6,11 @@ from pathlib import Path
 from stages.encoders.assembly import encode_work, loaded_digest
 from stages.engine.devices import stage_devices
 from stages.engine.errors import PipelineError, run_stage
-from stages.engine.extraction import write_store
+from stages.engine.extraction import leave_empty, write_store
 from stages.engine.fingerprint import stage_fingerprint
 from stages.engine.inputs import medium_digest, medium_inputs, medium_reader
 from stages.engine.params import load
+from stages.engine.plan import left_out
 from stages.engine.work import Target
 
 
@@ -19,6 +20,9 @@ def main() -> None:
     if name not in p.extractors:
         raise PipelineError(f"params.yaml: extractors: found no row {name!r}, expected one of {sorted(p.extractors)}")
     row = p.extractors[name]
+    if reason := left_out(f"extract/{name}"):
+        leave_empty(f"extract@{name}", Path("features") / name, reason)
+        return
     loaded, inputs = loaded_digest(row), medium_inputs(row.input)
     attributes = {"extractor": name, "encoder": row.encoder,
                   **{key: row.options.get(key) for key in ("checkpoint", "revision", "dtype")}}

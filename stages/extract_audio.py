@@ -10,7 +10,7 @@ from stages.media.audio import audio_decoder
 
 def main() -> None:
     p = load()
-    write_media_store("extract_audio", Path("data/audio"), "audio", audio_decoder(p), p,
+    write_media_store("extract_audio", Path("data/audio"), "audio", audio_decoder, p,
                       {"sample_rate": p.audio.sample_rate})
 
 

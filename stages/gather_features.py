@@ -33,7 +33,11 @@ def open_modality(name: str) -> Store:
     folder = Path("features") / name
     if not folder.is_dir():
         raise PipelineError(f"{folder}: not found; expected the features of fusion.modalities {name!r}")
-    return Store(folder)
+    store = Store(folder)
+    if store.empty:
+        raise PipelineError(f"{folder}: empty ({store.empty}), but fusion.modalities names it; once that is put right: "
+                            f"dvc repro -f -s extract@{name}")
+    return store
 
 
 def skipped(modalities: dict[str, Store]) -> list[tuple[str, str, str, str]]:

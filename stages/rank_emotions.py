@@ -16,11 +16,13 @@ from typing import Any
 
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing
-from stages.engine.manifest import read_manifest, read_transcripts
+from stages.engine.manifest import Source, read_manifest, read_transcripts, source_of
 from stages.engine.params import Params, load
-from stages.rankings.cache import FOLDER, Answer
+from stages.engine.plan import left_out
+from stages.rankings.cache import FOLDER, Answer, Cache
 from stages.rankings.clips import item_of
-from stages.rankings.providers import question, rank, spent, voices
+from stages.rankings.earlier import earlier_answers
+from stages.rankings.providers import question, rank, spent, unanswered, voices
 from stages.rankings.voices import FIRST
 
 OUT = Path("data/rankings.jsonl")
@@ -35,7 +37,7 @@ class Row:
     transcript: str
     clip_ids: list[str]
     item: str = ""
-    path: Path = Path()
+    path: Source = ""
 
     def asks(self, p: Params) -> str:
         """What the voice is asked; "" for nothing."""
@@ -49,7 +51,7 @@ def read_work(asked: Iterable[Params]) -> list[Row]:
     if sent:
         folder = Path(sent[0].corpus.path)
         clips = [(clip, transcripts.get(clip.clip_id, "")) for clip in read_manifest()]
-        return [Row(text, [c.clip_id], item_of(c.digest, text), folder / c.path) for c, text in clips]
+        return [Row(text, [c.clip_id], item_of(c.digest, text), source_of(c, folder)) for c, text in clips]
     clip_ids: dict[str, list[str]] = {}
     for clip_id, text in transcripts.items():
         if text:
@@ -85,6 +87,20 @@ def check_failures(answers: Mapping[str, Answer], p: Params, voice: str = "") ->
     print(f"rank_emotions: {text}; {AGAIN} for these again")
 
 
+def leave_out(rows: list[Row], asked: Mapping[str, Params], reason: str) -> None:
+    """Write a file that ranks nothing. What was paid for elsewhere and is in DVC's cache alone is kept before: dvc.lock
+    will name it no longer."""
+    for voice in asked.values():
+        items = list(dict.fromkeys(filter(None, (row.asks(voice) for row in rows))))
+        if voice.rankings.provider != "lexicon" and items:
+            cache = Cache(question(voice))
+            with cache.asking():
+                cache.append(earlier_answers(unanswered(items, cache.load(items)), cache.question, needed=False))
+    with replacing(OUT) as file:
+        file.write(json.dumps({"transcript": "", "clip_ids": [], "ranking": None, "reason": reason}) + "\n")
+    print(f"rank_emotions: {OUT} stays empty: {reason}")
+
+
 def cell(row: Row, answers: Mapping[str, Answer], p: Params, asked: str) -> dict[str, Any]:
     """A voice's answer to a row; `asked` is the digest of its question, which a clone compares with its own."""
     item = row.asks(p)
@@ -109,6 +125,12 @@ def main() -> None:
     p = load()
     asked = voices(p)
     rows = read_work(asked.values())
+    if reason := left_out("rankings.jsonl"):
+        leave_out(rows, asked, reason)
+        return
+    if not any(row.asks(voice) for row in rows for voice in asked.values()):
+        raise PipelineError("data/transcripts.csv: no clip has a transcript, but fusion.modalities names rows that "
+                            "read rankings; expected transcripts in the corpus, transcribe.checkpoint, or others")
     answers = ask(rows, p)
     digests = {name: question(voice).digest for name, voice in asked.items()}
     with replacing(OUT) as file:

@@ -10,7 +10,7 @@ from stages.media.frames import frames_decoder
 
 def main() -> None:
     p = load()
-    write_media_store("slice_frames", Path("data/frames"), "images", frames_decoder(p), p,
+    write_media_store("slice_frames", Path("data/frames"), "images", frames_decoder, p,
                       {"short_side": p.frames.short_side})
 
 

@@ -1,7 +1,7 @@
 """Stage train_emovclip: prompts for the frozen CLIP [paper 3.2], per fold on its training part, in models/emovclip/.
 
 With emovclip.scope: all one set of prompts sees every labelled clip, validation parts too (metrics then say leaky).
-Every epoch leaves its state in .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
+Every epoch writes its state to .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from stages.engine.files import empty_folder, file_digest, write_json, write_row
 from stages.engine.fingerprint import PARTS, checkpoint_digest, stage_fingerprint
 from stages.engine.manifest import read_folds, read_manifest
 from stages.engine.params import EmoVCLIP, Params, load
+from stages.engine.plan import left_out
 from stages.engine.store import Store
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def train_all(p: Params, device: str) -> list[list[float]]:
                 rows += [[-1 if fold is None else fold, *point] for point in curve]
             write_tensors(OUT / f"{part}.safetensors", dict(clip.prompts.named_parameters()))
     write_json(OUT / TRAINED, trained_for(e, count))
-    shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
+    shutil.rmtree(state, ignore_errors=True)  # the outs are complete, and only resuming needs the states
     return rows
 
 
@@ -153,6 +154,10 @@ def main() -> None:
     p = load()
     device = pick_device(p.runtime.device)
     empty_folder(OUT)
+    if reason := left_out("emovclip"):
+        write_rows(OUT / "curves.csv", CURVES, [])
+        print(f"train_emovclip: {OUT} has no prompts: {reason}")
+        return
     write_rows(OUT / "curves.csv", CURVES, train_all(p, device))
 
 

@@ -15,6 +15,7 @@ from stages.engine.fingerprint import checkpoint_digest, stage_fingerprint
 from stages.engine.inputs import StoreReader
 from stages.engine.manifest import read_manifest
 from stages.engine.params import Params, load
+from stages.engine.plan import left_out
 from stages.engine.store import Store
 from stages.engine.work import Input, Target
 
@@ -43,7 +44,11 @@ def main() -> None:
     p = load()
     given = {clip.clip_id: clip.transcript.strip() for clip in read_manifest()}
     wordless = [clip_id for clip_id, text in given.items() if not text]
-    heard = recognize(wordless, p) if p.transcribe.checkpoint and wordless else {}
+    wanted = p.transcribe.checkpoint and wordless
+    if wanted and (reason := left_out("transcripts.csv") or Store(AUDIO).empty):
+        print(f"transcribe: {len(wordless)} clips without words are not listened to: {reason}")
+        wanted = None
+    heard = recognize(wordless, p) if wanted else {}
     rows = [
         (clip_id, text, "corpus") if text else (clip_id, heard.get(clip_id, ""), "asr" if clip_id in heard else "none")
         for clip_id, text in given.items()

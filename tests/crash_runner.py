@@ -66,7 +66,7 @@ class Stage:
     @property
     def command(self) -> str:
         name, _, key = self.name.partition("@")
-        return f"stages.{'corpus.__main__' if name == 'corpus' else name} {key}"
+        return f"stages.{name} {key}"
 
 
 class Project:

@@ -175,7 +175,7 @@ def test_faults_of_a_csv_corpus_name_the_row(tmp_path: Path, clip: Path, row: st
         ("csv", lambda r: table(r / "clips.csv", "file,label", "x.mp4,happy"), ["found columns ['file', 'label']"]),
         ("csv", lambda r: table(r / "clips.csv", "path;split;label", "x.mp4;labelled;sad"),
          ["found columns ['path;split;label']"]),
-        ("csv", lambda r: table(r / "clips.csv", "split,label,path", "labelled,happy"), ["line 2", "no path"]),
+        ("csv", lambda r: table(r / "clips.csv", "split,label,path", "labelled,happy,"), ["line 2", "no path"]),
         ("csv", lambda r: table(r / "clips.csv", "path,split,label", "x" * 200_000),
          ["after line 1", "expected a CSV"]),
         ("csv", lambda r: table(r / "clips.csv", "path,split,label", "x" * 5000 + ",labelled,sad"), ["no such file"]),

@@ -170,7 +170,7 @@ def test_prompts_of_another_checkpoint_are_refused(house: Path) -> None:
     set_params(prompts=0)
     train_emovclip.main()
     trained = json.loads(Path("models/emovclip/trained.json").read_text())
-    assert {"checkpoint", "revision", "dtype", "digest", "scope", "folds", "prompts", "depth"} == set(trained)
+    assert {"checkpoint", "revision", "dtype", "digest", "scope", "folds", "prompts", "depth", "code"} == set(trained)
     with pytest.raises(PipelineError, match="models/emovclip: .* trained for .* revision None, .* revision 'other'"):
         encoder(revision="other")
     shutil.copytree("models/demo/clip", "moved")

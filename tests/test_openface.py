@@ -68,6 +68,7 @@ KINDS = {
     "columns": ONE_FACE,
     "damaged": ONE_FACE,
 }
+STOPPED = "OpenFace was stopped after {} s (runtime.clip_timeout_seconds) without a result"
 COLOURS = ((0, 0, 200), (0, 200, 0))  # BGR: face 0 is red, face 1 green
 
 
@@ -138,8 +139,9 @@ def test_a_failure_is_a_skip_that_says_why(clips: Path, kind: str, reason: str) 
 
 def test_a_hang_is_ended_with_its_children(clips: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(Died, match=r"^OpenFace was stopped after 1 s \(runtime.clip_timeout_seconds\) without a result$"):
+    with pytest.raises(Died) as died:
         crops(clips, "hangs", limit=1)
+    assert str(died.value) == STOPPED.format(1)
     assert time.monotonic() - start < 10
     pids = next(clips.glob("hangs*.pids")).read_text().split()
     while any(runs(pid) for pid in pids):
@@ -170,7 +172,7 @@ def test_one_clips_failure_does_not_stop_the_rest(clips: Path, monkeypatch: pyte
     assert dict(zip(kinds, store.present.tolist(), strict=True)) == {
         "good": True, "nothing": False, "crashes": False, "several": True, "hangs": False, "lost": True}
     assert store.reasons == ["", "OpenFace wrote no result", "OpenFace crashed (SIGSEGV)", "",
-                             "OpenFace was stopped after 3 s (runtime.clip_timeout_seconds) without a result", "damaged: 4 aligned images are missing"]
+                             STOPPED.format(3), "damaged: 4 aligned images are missing"]
     assert store.read_items("several", "frame").tolist() == [1, 2, 3]
 
 

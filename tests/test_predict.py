@@ -1,7 +1,6 @@
 """Predicting new clips, without DVC. tests/test_pipeline.py compares it with the pipeline."""
 
 import csv
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,13 +156,15 @@ def test_bad_arguments_are_one_line(
     ("damage", "expected"),
     [
         (remove("models/self_training"), "models/self_training: no trained models; make them with: dvc repro"),
-        (remove("models/emovclip/fold-1.safetensors"), "models/emovclip/fold-1.safetensors: no trained models; make"),
-        (remove("models/demo/hubert"), "modality hubert: checkpoint models/demo/hubert: no such folder"),
-        (remove("models/demo/clip"), "modality clip: checkpoint models/demo/clip: no such folder"),
+        (remove("models/emovclip/fold-1.safetensors"), "modality emovclip: what its encoder loads (models/demo/clip, "
+         "models/emovclip) changed since the models in models/self_training were trained; run dvc repro"),
+        (remove("models/demo/hubert"), "modality hubert: what its encoder loads (models/demo/hubert) changed since"),
+        (remove("models/demo/clip"), "modality clip: what its encoder loads (models/demo/clip) changed since"),
+        (lambda: without_weights("hubert"), "modality hubert: checkpoint models/demo/hubert: "),
         (lambda: change("extractors.hubert.layers", [-9]), "modality hubert: checkpoint models/demo/hubert: layers"),
         (lambda: change("corpus.labels", ["happy", "sad"]), "params.yaml: corpus.labels: found ['happy', 'sad'], but"),
         (lambda: Path("models/self_training/ensemble.safetensors").write_bytes(b"{}"), "can't read the ensemble"),
-        (lambda: models_of_a_wider_hubert(), "modality hubert: the encoder gives 128 features, but the models were "),
+        (lambda: models_of(hubert=256), "modality hubert: the encoder gives 128 features, but the models were "),
     ],
 )
 def test_what_the_models_lack_is_one_line(
@@ -175,12 +176,15 @@ def test_what_the_models_lack_is_one_line(
     assert expected in error_of(capfd)
 
 
-def models_of_a_wider_hubert() -> None:
-    ensemble = Path("models/self_training/ensemble.json")
-    description = json.loads(ensemble.read_text())
+def without_weights(name: str) -> None:
+    """As if the models had been trained with a checkpoint that lacks them."""
+    Path("models/demo", name, "model.safetensors").unlink()
+    models_of()
+
+
+def models_of(**changes: int) -> None:
     shutil.rmtree("models/self_training")
-    labels = tuple(description["labels"])
-    make_ensemble(labels, hubert=256).save(Path("models/self_training"))
+    make_ensemble(**changes).save(Path("models/self_training"))
 
 
 def test_params_that_are_not_those_of_the_models_are_found() -> None:
@@ -197,7 +201,10 @@ def test_params_that_are_not_those_of_the_models_are_found() -> None:
                 rank_emotions={"rankings": {"provider": "lexicon", "max_cost_usd": 0}},
                 train_fusion={"fusion": {"hidden": 128}}, extract__gone={"extractors.gone": {"layers": [1]}},
                 extract__hubert={"extractors.hubert": {"layers": [-1]}})
-    check_params(values, same, ("hubert",))
+    same["stages"]["extract_hubert"] = {"params": {"params.yaml": {"extractors.hubert": {"layers": [-9]}}}}  # of old
+    same["stages"]["plan"] = {"params": {"params.yaml": {"extractors": {"hubert": {"layers": [-9]}}}}}
+    pipeline = {"stages": dict.fromkeys(("plan", "extract_audio", "rank_emotions", "train_fusion", "extract"))}
+    check_params(values, same, ("hubert",), pipeline)
     for key, changed in {
         "audio.sample_rate": lock(extract_audio={"audio": {"sample_rate": 16000}}),
         "corpus.labels": lock(train_fusion={"corpus.labels": ["b", "a"]}),
@@ -205,4 +212,4 @@ def test_params_that_are_not_those_of_the_models_are_found() -> None:
         "extractors.hubert.layers": lock(extract__hubert={"extractors.hubert": {"layers": [-2, -1]}}),
     }.items():
         with pytest.raises(PipelineError, match=rf"params.yaml: {key}: found .* run dvc repro"):
-            check_params(values, changed, ("hubert",))
+            check_params(values, changed, ("hubert",), pipeline)

@@ -13,10 +13,10 @@ from stages.corpora import cremad, emodb, iemocap, meld, mer2026, ravdess
 from stages.corpora.layout import Entry
 from stages.corpora.published import held_out
 from stages.corpus import ADAPTERS
-from stages.demo import LAYOUTS
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import read_manifest
 from stages.engine.params import Corpus
+from stages.planning.requirements import LAYOUTS
 
 EMODB = next((folder for parent in Path(__file__).parents if (folder := parent / "shared/real/emodb").exists()), None)
 LABELS = ["neutral", "anger", "happiness", "sadness"]

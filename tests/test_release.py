@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from predict_runs import change, error_of, numbers, remove, rows, run_predict, word_table
 from ruamel.yaml import YAML
-from trained_run import SENTENCES
+from trained_run import SENTENCES, make_ensemble
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
@@ -45,8 +45,9 @@ def test_what_a_bundle_holds(released: Path, trained_copy: Path) -> None:
     files = {path.relative_to(released).as_posix() for path in released.rglob("*") if path.is_file()}
     index = json.loads((released / INDEX).read_text())
     assert index["schema"] == SCHEMA and set(index["files"]) == files - {INDEX}
-    assert {"README.md", "metrics.json", "params.yaml", "ensemble/ensemble.safetensors", "emovclip/fold-2.safetensors",
-            "checkpoints/hubert/model.safetensors", "checkpoints/baichuan/tokenizer.model"} <= files
+    assert {"README.md", "metrics.json", "params.yaml", "ensemble/ensemble.safetensors",
+            "checkpoints/emovclip/fold-2.safetensors", "checkpoints/hubert/model.safetensors",
+            "checkpoints/baichuan/tokenizer.model"} <= files
     assert not any(name.endswith((".py", ".mp4", ".csv")) for name in files)
     params = (released / "params.yaml").read_text()
     assert "somebody" not in params and "models/demo" not in params
@@ -62,14 +63,15 @@ def test_what_a_bundle_holds(released: Path, trained_copy: Path) -> None:
 def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
     change("extractors.hubert.checkpoint", "TencentGameMate/chinese-hubert-large")
     change("extractors.hubert.revision", "90cb6604")
-    change("emovclip.checkpoint", "ViT-L-14-quickgelu / openai")
+    change("extractors.emovclip.checkpoint", "ViT-L-14-quickgelu / openai")
     description = Path("models/emovclip/trained.json")  # as if the prompts had been trained for it
     trained = json.loads(description.read_text())
     write_json(description, trained | {"checkpoint": "ViT-L-14-quickgelu / openai", "digest": ""})
+    make_ensemble().save(Path("models/self_training"))
     release.main([])
     row = open_bundle(Path("models/release")).params
     assert row.extractors["hubert"].options["checkpoint"] == "TencentGameMate/chinese-hubert-large"
-    assert row.emovclip.checkpoint == "ViT-L-14-quickgelu / openai"
+    assert row.extractors["emovclip"].options["checkpoint"] == "ViT-L-14-quickgelu / openai"
     assert row.extractors["clip"].options["checkpoint"] == "models/release/checkpoints/clip"
     card = Path("models/release/README.md").read_text()
     assert "- TencentGameMate/chinese-hubert-large\n" in card and "| 90cb6604 |" in card
@@ -81,10 +83,11 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
     [
         (lambda: change("extractors.hubert.checkpoint", str(Path("models/demo/hubert").rename("../hubert"))),
          "extractors.hubert.checkpoint: .* lies outside the repository"),
-        (lambda: change("extractors.hubert.checkpoint", "models/demo/nowhere"), "models/demo/nowhere: no such folder"),
+        (lambda: change("transcribe.checkpoint", "models/demo/nowhere"), "models/demo/nowhere: no such folder"),
         (remove("reports/metrics.json"), "reports/metrics.json: not found; .* dvc repro"),
         (remove("models/self_training"), "no trained models; make them with: dvc repro self_train"),
-        (lambda: change("emovclip.revision", "other"), "models/emovclip: its prompts were trained for .* revision"),
+        (lambda: Path("models/emovclip/trained.json").write_text("{}"), "modality emovclip: what its encoder loads "
+         r"\(models/demo/clip, models/emovclip\) changed since the models .* were trained; run dvc repro"),
         (lambda: Path("reports/metrics.json").write_text('{"seeds": 9, "folds": 3}'), "of 3 folds x 9 seeds, but"),
     ],
 )
@@ -131,7 +134,7 @@ def test_another_schema_is_refused(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["params.yaml", "ensemble/ensemble.safetensors", "emovclip/fold-0.safetensors", "metrics.json",
+    "name", ["params.yaml", "ensemble/ensemble.safetensors", "checkpoints/emovclip/fold-0.safetensors", "metrics.json",
              "checkpoints/clip/open_clip_model.safetensors", "checkpoints/hubert/preprocessor_config.json"],
 )
 def test_a_missing_or_altered_file_is_found(bundle: Path, name: str) -> None:
@@ -202,7 +205,7 @@ def test_opening_a_bundle_executes_nothing_of_it(
 
     evil = pickle.dumps(Evil())
     sound = {name: (bundle / name).read_bytes() for name in
-             ("params.yaml", "emovclip/fold-0.safetensors", "ensemble/ensemble.safetensors")}
+             ("params.yaml", "checkpoints/emovclip/fold-0.safetensors", "ensemble/ensemble.safetensors")}
     for name in ("sitecustomize.py", "conftest.py", "stages.py", "checkpoints/__init__.py"):
         if not name.startswith("checkpoints"):  # there it would be refused, as unlisted
             (bundle / name).write_text("import os\nos.mkdir('marker')\n")

@@ -146,7 +146,8 @@ def test_a_segment_of_nothing_says_why(made: Callable[[str], Path]) -> None:
 
 
 def test_openface_reads_no_segments() -> None:
-    faces = Faces(detector="openface", openface_binary="x", stride=1, size=128, min_confidence=0.5, quality=95)
+    faces = Faces(detector="openface", openface_binary="x", stride=1, detect_every=1, size=128, min_confidence=0.5,
+                  quality=95)
     with pytest.raises(PipelineError, match="faces.detector: found openface, which reads whole files"):
         _faces_row("a", Segment("a.mp4", 1.0, 2.0), faces, 10.0)
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 
 from stages import transcribe
 from stages.encoders.asr import Config, Recognizer
-from stages.engine.encoding import Ahead, Encode
+from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError, Skip
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import load
 from stages.engine.store import Row, write_index, write_shard
-from stages.engine.work import Input
+from stages.engine.work import Shard
 
 ROOT = Path(__file__).parents[1]
 RATE = 24_000
@@ -82,7 +82,8 @@ def make_ctc(folder: Path, norm: str, family: str = "wav2vec2", mask: bool = Tru
     return folder
 
 
-def make_whisper(folder: Path) -> Path:
+def make_whisper(folder: Path, timestamps: int = 0) -> Path:
+    """With tokens for so many moments, 0.02 s apart."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         GenerationConfig,
@@ -93,7 +94,7 @@ def make_whisper(folder: Path) -> Path:
     )
 
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>"]
-    special += ["<|notimestamps|>"]
+    special += ["<|notimestamps|>", *(f"<|{0.02 * i:.2f}|>" for i in range(timestamps))]
     plain = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(plain + special)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -134,7 +135,7 @@ def make_whisper(folder: Path) -> Path:
         lang_to_id={"<|en|>": vocabulary["<|en|>"], "<|zh|>": vocabulary["<|zh|>"]},
         task_to_id={"translate": vocabulary["<|translate|>"], "transcribe": vocabulary["<|transcribe|>"]},
         no_timestamps_token_id=vocabulary["<|notimestamps|>"],
-        suppress_tokens=[i for token, i in vocabulary.items() if not ("a" <= token <= "z")],
+        suppress_tokens=[i for token, i in vocabulary.items() if not ("a" <= token <= "z" or "." in token)],
     )
     model.save_pretrained(folder)
     return folder
@@ -340,19 +341,21 @@ def test_a_killed_run_goes_on_at_its_first_open_shard(
 ) -> None:
     whole = run(checkpoints["hubert"], monkeypatch)
     shutil.rmtree(house / ".cache")
+    wordless = [["c1"], ["c3", "c4"], ["c5"]]  # as the clips' names cut them
     computed: list[list[str]] = []
-    shard_of = Encode._shard
+    shards = Encode.shards
 
-    def shard(self: Encode, chunk: Sequence[Input], ahead: Ahead) -> list[Row]:
-        if len(computed) == 1:
-            raise KeyboardInterrupt
-        computed.append([clip.clip_id for clip in chunk])
-        return shard_of(self, chunk, ahead)
+    def one_and_no_more(self: Encode, todo: Iterable[Shard]) -> Iterator[tuple[Shard, list[Row]]]:
+        for shard, rows in shards(self, todo):
+            if len(computed) == 1:
+                raise KeyboardInterrupt
+            computed.append([clip.clip_id for clip in shard.clips])
+            yield shard, rows
 
-    monkeypatch.setattr(Encode, "_shard", shard)
+    monkeypatch.setattr(Encode, "shards", one_and_no_more)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints["hubert"], monkeypatch)
-    assert computed == [["c1", "c3"]]
+    assert computed == [wordless[0]]
     computed.append([])  # no more kills
     assert run(checkpoints["hubert"], monkeypatch) == whole
-    assert computed[2:] == [["c4", "c5"]]
+    assert computed[2:] == wordless[1:]

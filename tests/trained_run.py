@@ -1,5 +1,6 @@
 """A repository with trained models, made in seconds: the demo's encoders, and random fusion models and prompts."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -12,11 +13,12 @@ from safetensors.torch import save_file
 
 from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
+from stages.encoders.assembly import loaded_digest
 from stages.engine.files import write_json
-from stages.engine.fingerprint import checkpoint_digest
-from stages.engine.params import read_yaml
+from stages.engine.params import load, read_yaml
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble
+from stages.train_emovclip import trained_for
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ["我今天很高兴", "你为什么不告诉我？", "他走了，再也不会回来。"]
@@ -36,16 +38,15 @@ def make_trained(root: Path) -> None:
     make_hubert(root / "models/demo/hubert", 0)
     make_clip(root / "models/demo/clip", 0)
     make_baichuan(root / "models/demo/baichuan", 0, SENTENCES)
-    make_ensemble(tuple(values["corpus"]["labels"])).save(root / "models/self_training")
     generator = torch.Generator().manual_seed(1)
     (root / "models/emovclip").mkdir()
     for fold in range(FOLDS):
         widths = {"vision": WIDTH, "text": TEXT_WIDTH}
         prompts = {name: torch.randn(LAYERS, 4, width, generator=generator) for name, width in widths.items()}
         save_file(prompts, root / f"models/emovclip/fold-{fold}.safetensors")
-    digest = checkpoint_digest(str(root / "models/demo/clip")).hex()
-    write_json(root / "models/emovclip/trained.json", {"checkpoint": "models/demo/clip", "revision": None,
-                                                       "digest": digest, "scope": "fold", "folds": FOLDS})
+    with contextlib.chdir(root):  # where the paths in params.yaml begin
+        write_json("models/emovclip/trained.json", trained_for(load().emovclip, FOLDS))
+        make_ensemble().save(Path("models/self_training"))
     metrics = json.loads((ROOT / "reports/metrics.json").read_text()) | {"seeds": len(SEEDS), "folds": FOLDS}
     (root / "reports").mkdir()
     (root / "reports/metrics.json").write_text(json.dumps(metrics))
@@ -55,8 +56,13 @@ def make_trained(root: Path) -> None:
     shutil.copyfile(root / "clips/a.mp4", root / "clips/c.mp4")
 
 
-def make_ensemble(labels: tuple[str, ...], **changes: int) -> Ensemble:
-    """Fold models that were never trained, but differ, each with a standardisation of its own."""
+def make_ensemble(**changes: int) -> Ensemble:
+    """Fold models that were never trained, but differ, each with a standardisation of its own, for the repository that
+    is the working directory. changes: of DIMENSIONS.
+    """
+    p = load()
+    labels = tuple(p.corpus.labels)
+    learned_from = {name: {"loaded": loaded_digest(p.extractors[name]).hex()} for name in DIMENSIONS}
     dimensions = {**DIMENSIONS, **changes}
     architecture = Architecture("attention", tuple(dimensions), tuple(dimensions.values()), len(labels), hidden=32,
                                 dropout=0.3, modality_dropout=0.3, keep_one=True)
@@ -69,4 +75,4 @@ def make_ensemble(labels: tuple[str, ...], **changes: int) -> Ensemble:
         name: (torch.randn(FOLDS, size, generator=generator), 0.1 + torch.rand(FOLDS, size, generator=generator))
         for name, size in dimensions.items()
     }
-    return Ensemble(architecture, labels, SEEDS, weights, statistics)
+    return Ensemble(architecture, labels, SEEDS, weights, statistics, learned_from)

@@ -28,9 +28,10 @@ class Row:
     cells: dict[str, str]  # by column, "" where the cell is empty
 
 
-def read_lines(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]]:
+def read_lines(path: Path, columns: Sequence[str], blank: bool = False) -> tuple[list[str], list[Row]]:
     """(the header's columns, the rows) of a CSV in UTF-8 with at least `columns`, every row with a cell for each of
-    those and none beyond the header's; cells that a row lacks at its end are empty.
+    those and none beyond the header's; cells that a row lacks at its end are empty. The first of `columns` is filled in
+    every row, unless `blank`.
 
     Raises PipelineError naming the file, the line and the fault.
     """
@@ -48,7 +49,7 @@ def read_lines(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]
     found = list(rows)
     widths = {len(cells) for _, cells in found}
     surplus = len(widths) == 1 and all(not any(cells[len(header):]) for _, cells in found)  # each line ends in a comma
-    return header, [_row(path, line, cells, header, columns, surplus) for line, cells in found]
+    return header, [_row(path, line, cells, header, columns, surplus, blank) for line, cells in found]
 
 
 def read_table(path: Path, columns: Sequence[str], key: str = "name") -> dict[str, dict[str, str]]:
@@ -111,9 +112,10 @@ def _swallows_rows(cell: str, width: int) -> bool:
     return width > 1 and any(line.count(",") >= width - 1 and ", " not in line for line in cell.split("\n")[1:])
 
 
-def _row(path: Path, line: int, cells: list[str], header: list[str], columns: Sequence[str], surplus: bool) -> Row:
+def _row(path: Path, line: int, cells: list[str], header: list[str], columns: Sequence[str], surplus: bool,
+         blank: bool) -> Row:
     found = {column: cell.strip() for column, cell in zip_longest(header, cells[: len(header)], fillvalue="") if column}
-    if columns and not found.get(columns[0]):
+    if columns and not blank and not found.get(columns[0]):
         _refuse(path, line, f"no {columns[0]}; expected one in every row")
     for column, cell in zip(header[1:], cells[1:], strict=False):  # the first may be pandas' index, which has no name
         if cell.strip() and not column:

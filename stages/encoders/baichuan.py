@@ -26,7 +26,7 @@ from stages.encoders.checkpoints import (
     read_json,
     resolve,
 )
-from stages.engine.errors import PipelineError, Skip, one_line
+from stages.engine.errors import NO_TRANSCRIPT, PipelineError, Skip, one_line
 
 # Masked language models' sentence head: no part of the token features
 _UNUSED = ("pooler.",)
@@ -74,7 +74,7 @@ class Encoder:
         """
         transcript = (item if isinstance(item, str) else item["transcript"]).strip()
         if not transcript:
-            raise Skip("no transcript")
+            raise Skip(NO_TRANSCRIPT)
         if isinstance(item, dict) and item["ranking"] is None:
             raise Skip(f"no ranking: {item['reason']}")
         text = transcript if isinstance(item, str) else compose(transcript, item["ranking"])

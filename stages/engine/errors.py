@@ -37,6 +37,12 @@ class Skip(Exception):
     """This clip can't be used; str(error) is the reason that reports/skipped.csv shows."""
 
 
+# Reasons of clips that lack something by nature: nothing is wrong with them, and no clip of a kind is too many
+NO_FILE, NO_TRANSCRIPT = "no media file", "no transcript"
+NO_STREAM = {"audio": "no audio stream", "video": "no video stream"}
+LACKING = {NO_FILE, NO_TRANSCRIPT, *NO_STREAM.values()}
+
+
 class Died(Skip):
     """The clip's decoder crashed, was ended from outside or took too long."""
 

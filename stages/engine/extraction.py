@@ -20,12 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stages.engine.errors import PipelineError
+from stages.engine.errors import LACKING, PipelineError
 from stages.engine.executors import compute
 from stages.engine.files import empty_folder, replacing, write_rows
 from stages.engine.fingerprint import PARTS
 from stages.engine.params import Params
-from stages.engine.store import Head, read_head, write_index
+from stages.engine.store import Head, HeadRow, read_head, write_empty, write_index
 from stages.engine.work import Input, Shard, Target, Work, part_fingerprint, plan
 
 REASONS_SHOWN = 10
@@ -35,18 +35,22 @@ MIXED = ("device", "versions")  # attributes that should be the same in all shar
 def write_store(
     target: Target, inputs: Sequence[Input], work: Work, params: Params, devices: Sequence[str], **origin: str
 ) -> None:
-    """Write the target's store, resuming from finished shards; origin: as write_index takes it.
+    """Write the target's store, resuming from finished shards; origin: as write_index takes it. Where every clip lacks
+    what it is made from, the store is empty.
 
-    Raises PipelineError if more than corpus.max_bad_fraction of the clips came out absent here (clips that were already
-    absent upstream do not count).
+    Raises PipelineError if more than corpus.max_bad_fraction of the clips came out absent here. Clips that were already
+    absent upstream do not count, nor those that lack a stream, a file or words by nature.
     """
+    if not any(clip.item and not clip.absent for clip in inputs):
+        leave_empty(target.stage, target.out, "no clip has what it is made from")
+        return
     shards = plan(target, inputs, params.corpus.shard_size)
     heads = {shard.part: head for shard in shards if (head := _head_if_done(shard, target)) is not None}
     todo = [shard for shard in shards if shard.part not in heads]
     rank, ranks = _rank()
     share = [shard for shard in shards[rank::ranks] if shard.part not in heads]  # the same whatever is done already
     finished = compute(share, work, target, params, devices)
-    next(finished, None)  # what is wrong with the work itself is said before a bar is drawn
+    next(finished, None)  # errors in opening the work are reported before the progress bar starts
     done = len(inputs) - sum(len(shard.clips) for shard in todo)
     with tqdm(total=len(inputs), initial=done, desc=target.stage, unit="clip", mininterval=1, disable=not share) as bar:
         for shard in finished:
@@ -58,13 +62,21 @@ def write_store(
         return
     heads |= {shard.part: read_head(shard.part, part_fingerprint(target.fingerprint, shard.part)) for shard in todo}
     in_order = [heads[shard.part] for shard in shards]
-    _check_bad_fraction(target, inputs, in_order, params.corpus.max_bad_fraction)
+    if lacking := _lacking(target, inputs, in_order, params.corpus.max_bad_fraction):
+        leave_empty(target.stage, target.out, lacking)
+        return
     _warn_of_mixture(target, in_order)
     names = [f"shard-{i:05d}.h5" for i in range(len(shards))]
     _assemble(target.out, dict(zip(names, (shard.part for shard in shards), strict=True)))
     write_index(target.out, names, in_order, **origin)
     if not params.runtime.keep_parts and shards:
         shutil.rmtree(shards[0].part.parent)
+
+
+def leave_empty(stage: str, out: Path, reason: str) -> None:
+    """An empty store, and the line that says why."""
+    write_empty(out, reason)
+    print(f"{stage}: {out} stays empty: {reason}")
 
 
 def _rank() -> tuple[int, int]:
@@ -91,14 +103,26 @@ def _head_if_done(shard: Shard, target: Target) -> Head | None:
         return None
 
 
-def _check_bad_fraction(target: Target, inputs: Sequence[Input], heads: Sequence[Head], limit: float) -> None:
+def _lacking(target: Target, inputs: Sequence[Input], heads: Sequence[Head], limit: float) -> str:
+    """What all clips lack by nature, "" where some clip has it. Raises PipelineError where too many can't be used."""
     known = {clip.clip_id for clip in inputs if clip.absent}
-    rows = [row for head in heads for row in head.rows]
-    bad = [row for row in rows if not row.present and row.clip_id not in known]
+    rows = [row for head in heads for row in head.rows if row.clip_id not in known]
+    lacking = Counter(row.reason for row in rows if row.reason in LACKING)
+    expected = [row for row in rows if row.reason not in LACKING]
+    shown = ", ".join(f"{count} have {reason}" for reason, count in sorted(lacking.items()))
+    if rows and not expected:
+        return f"of {len(rows)} clips {shown}"
+    if lacking:
+        print(f"{target.stage}: of {len(rows)} clips {shown}")
+    _check_bad_fraction(target, [row for row in expected if not row.present], len(expected), limit)
+    return ""
+
+
+def _check_bad_fraction(target: Target, bad: Sequence[HeadRow], count: int, limit: float) -> None:
     again = [row for row in bad if row.died]
     hint = (f"; `mer repair --retry {target.out}` lets {len(again)} of them whose decoder died or took too long be "
             f"tried again") if again else ""
-    if len(bad) <= limit * len(inputs):
+    if len(bad) <= limit * count:
         if again:
             print(f"{target.stage}: {len(bad)} clips can't be used{hint}", file=sys.stderr)
         return
@@ -106,7 +130,7 @@ def _check_bad_fraction(target: Target, inputs: Sequence[Input], heads: Sequence
     write_rows(listing, ["clip_id", "reason"], [(row.clip_id, row.reason) for row in bad])
     shown = "; ".join(f"{row.clip_id}: {row.reason}" for row in bad[:REASONS_SHOWN])
     raise PipelineError(
-        f"{target.stage}: {len(bad)} of {len(inputs)} clips can't be used, more than corpus.max_bad_fraction "
+        f"{target.stage}: {len(bad)} of {count} clips can't be used, more than corpus.max_bad_fraction "
         f"= {limit} allows; all in {listing}{hint}; {shown}{' ...' if len(bad) > REASONS_SHOWN else ''}"
     )
 

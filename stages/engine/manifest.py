@@ -1,5 +1,6 @@
 """data/manifest.csv, data/folds.csv and data/transcripts.csv: what the other stages know of the corpus."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,14 +16,14 @@ class Clip:
     """One row of the manifest. Text fields are empty where the corpus says nothing."""
 
     clip_id: str
-    path: str  # relative to corpus.path
+    path: str  # relative to corpus.path; empty for a clip of words alone
     split: Split
     label: str  # of labelled clips only; other splits' labels are in data/truth.csv
     transcript: str
     group: str  # clips of one group never straddle folds
     duration: float | None  # seconds, None if the file can't be read
     bytes: int
-    digest: str  # SHA-256 of the content, hex: of the file or, of a segment, of the file's digest, start and end
+    digest: str  # SHA-256 of the content, hex: of the file or, of a segment, of the file's digest, start and end; or ""
     start: float | None = None  # seconds from the file's start, for a clip that is a segment of it
     end: float | None = None
 
@@ -40,9 +41,16 @@ Source = str | Path | Segment  # what is decoded as one clip
 
 
 def source_of(clip: Clip, root: Path) -> str | Segment:
-    """Where the clip's media lie; root: corpus.path."""
+    """Where the clip's media lie, "" for a clip of words alone; root: corpus.path."""
+    if not clip.path:
+        return ""
     path = str(root / clip.path)
     return path if clip.start is None and clip.end is None else Segment(path, clip.start or 0.0, clip.end)
+
+
+def segment_digest(digest: str, start: float | None, end: float | None) -> str:
+    """A segment's digest, of its file's: SHA-256, hex."""
+    return hashlib.sha256(f"{digest} {start} {end}".encode()).hexdigest()
 
 
 SEGMENT = ["start", "end"]  # columns of a corpus with segments only

@@ -7,11 +7,12 @@ from typing import Any
 
 from stages.engine.devices import pick_workers
 from stages.engine.errors import Died, PipelineError, Skip, describe, working_on
-from stages.engine.extraction import write_store
+from stages.engine.extraction import leave_empty, write_store
 from stages.engine.fingerprint import stage_fingerprint
 from stages.engine.manifest import Source, read_manifest, source_of
 from stages.engine.params import Params
-from stages.engine.store import Row
+from stages.engine.plan import left_out
+from stages.engine.store import INDEX, Row, read_index
 from stages.engine.versions import MEDIA, versions
 from stages.engine.work import Input, Shard, Target
 from stages.engine.workers import Workers
@@ -20,15 +21,26 @@ Decode = Callable[[str, Source], Row]  # (clip_id, file or segment) -> its row; 
 HELD_CLIPS = 1024  # in shards that wait for a clip to be tried again: bounds the memory they take
 
 
-def write_media_store(stage: str, out: Path, kind: str, function: Decode, params: Params,
+def write_media_store(stage: str, out: Path, kind: str, decoder: Callable[[Params], Decode], params: Params,
                       attributes: Mapping[str, Any]) -> None:
-    """Write a media store: `function(clip_id, source) -> Row` over the manifest's clips, in worker processes."""
+    """Write a media store: `decoder(params)(clip_id, source) -> Row` over the manifest's clips, in worker processes.
+
+    It stays empty where the plan leaves it out. Raises PipelineError where a row of fusion.modalities reads it, and no
+    clip has such a stream.
+    """
+    if reason := left_out(out.name):
+        leave_empty(stage, out, reason)
+        return
     root = Path(params.corpus.path)
     inputs = [Input(c.clip_id, source_of(c, root), bytes.fromhex(c.digest)) for c in read_manifest()]
     target = Target(stage, out, kind, attributes, stage_fingerprint(stage))
     runtime = params.runtime
-    work = PerClip(function, pick_workers(runtime), runtime.clip_timeout_seconds)
+    work = PerClip(decoder(params), pick_workers(runtime), runtime.clip_timeout_seconds)
     write_store(target, inputs, work, params, ["cpu"])
+    readers = [name for name in params.fusion.modalities if params.extractors[name].input == out.name]
+    if readers and (out / INDEX).exists() and (reason := read_index(out).get("empty")):
+        raise PipelineError(f"{stage}: {reason}, but fusion.modalities names {', '.join(readers)}, made from {out}; "
+                            f"expected a corpus that has it, or modalities without")
 
 
 class PerClip:
@@ -64,7 +76,7 @@ class PerClip:
 
         for shard in shards:
             begun.append((shard, self._begin(shard.clips)))
-            yield from finish(1)  # one ahead, so that no worker rests while a shard's last clips are decoded
+            yield from finish(1)  # one ahead, so that no worker is idle while a shard's last clips are decoded
             if sum(len(rows) for _, rows in held) > HELD_CLIPS:
                 yield from finish(0)
                 yield from self._again(held)

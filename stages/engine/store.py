@@ -13,7 +13,7 @@ A store is a folder of shard-00000.h5, shard-00001.h5, ... with the clips in man
 
 and, as attributes, the schema version, kind and what made it (extractor, checkpoint, revision, dtype,
 dimension, fingerprint, device, versions of packages). index.json lists the shards with their fingerprints, so that a
-missing or foreign one is found, and says what the store was made from.
+missing or foreign one is found, and says what the store was made from, or why it is empty: nobody needs it.
 Every dataset carries Fletcher-32 checksums, so a flipped byte is found on read. Nothing in a file depends on
 time or order of writing: same content, same bytes.
 """
@@ -32,7 +32,7 @@ import h5py
 import numpy as np
 
 from stages.engine.errors import REMEDIES, PipelineError, one_line
-from stages.engine.files import replacing, write_json
+from stages.engine.files import empty_folder, replacing, write_json
 
 SCHEMA = 2
 INDEX = "index.json"
@@ -106,6 +106,12 @@ def write_index(folder: Path, names: Sequence[str], heads: "Sequence[Head] | Non
     digest = _joined(digest for head in heads for digest in head.digests)
     shards = {name: head.attributes["fingerprint"] for name, head in zip(names, heads, strict=True)}
     write_json(folder / INDEX, {"digest": digest, **origin, "shards": shards})
+
+
+def write_empty(folder: Path, reason: str) -> None:
+    """A store without clips, which says why."""
+    empty_folder(folder)
+    write_json(folder / INDEX, {"digest": _joined([]), "empty": reason, "shards": {}})
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -209,13 +215,15 @@ class Store:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         paths = sorted(self.folder.glob("shard-*.h5"))
-        if not paths:
+        has_index = (self.folder / INDEX).exists()
+        self.empty = read_index(self.folder).get("empty", "") if has_index and not paths else ""  # why it has no clips
+        if not paths and not self.empty:
             raise PipelineError(f"{folder}: no shards found; {_rebuild(self.folder)}")
         self._shards = [_open(path) for path in paths]
-        self.attrs, self.index = self._shards[0].attrs, read_index(self.folder)
+        self.attrs, self.index = self._shards[0].attrs if paths else {}, read_index(self.folder)
         self._check()
         self.clip_ids = [c.decode() for shard in self._shards for c in shard.columns["clip_id"]]
-        self.present = np.concatenate([shard.columns["present"] for shard in self._shards])
+        self.present = np.concatenate([np.zeros(0, bool), *(shard.columns["present"] for shard in self._shards)])
         self.reasons = [r.decode() for shard in self._shards for r in shard.columns["reason"]]
         self.digests = [d.tobytes() for shard in self._shards for d in shard.columns["digest"]]
         self._index = {

@@ -38,6 +38,7 @@ REMEDY = "fetch it again, or make it anew with: mer release"
 # What belongs to a machine, not to a model
 RUNTIME = {"device": "auto", "workers": "auto", "executor": "local", "ray_address": "auto", "batch_memory_mb": "auto"}
 ASKING = {"base_url": None, "api_key_env": "OPENAI_API_KEY", "batch": False}
+LEFT_OUT = "not part of a release"
 OPENFACE = "FeatureExtraction"  # looked for in PATH
 SERVER = "OPENAI_BASE_URL"  # as OpenAI's own client knows it
 
@@ -46,7 +47,9 @@ def portable(p: Params) -> Params:
     """The params without what belongs to one machine. A bundle's are made so when written, and again when opened."""
     binary = OPENFACE if p.faces.detector == "openface" else None
     return p.model_copy(update={
-        "corpus": p.corpus.model_copy(update={"path": "not part of a release", "truth": None}),
+        "corpus": p.corpus.model_copy(update={"path": LEFT_OUT, "truth": None}),
+        "emovclip": p.emovclip.model_copy(update={"checkpoint": LEFT_OUT}),  # only training reads it
+        "extractors": {name: row.model_copy(update={"depends_on": LEFT_OUT}) for name, row in p.extractors.items()},
         "faces": p.faces.model_copy(update={"openface_binary": binary}),
         "rankings": p.rankings.model_copy(update=ASKING),
         "runtime": p.runtime.model_copy(update=RUNTIME),

@@ -56,7 +56,7 @@ def trained_here() -> Trained:
     """
     trained = assemble(load(), ENSEMBLE, "dvc repro self_train")
     if Path("dvc.lock").exists():
-        check_params(read_yaml("params.yaml"), read_yaml("dvc.lock"), trained.modalities)
+        check_params(read_yaml("params.yaml"), read_yaml("dvc.lock"), trained.modalities, read_yaml("dvc.yaml"))
     for name in trained.modalities:
         check_learned(name, trained.params.extractors[name], trained.learned_from[name])
     return trained
@@ -104,13 +104,16 @@ def assemble(p: Params, ensemble: Path, remedy: str) -> Trained:
     return Trained(p, ensemble, modalities, learned_from)
 
 
-def check_params(values: Mapping[str, Any], lock: Mapping[str, Any], modalities: tuple[str, ...]) -> None:
-    """Compare params.yaml with dvc.lock, which has what every stage ran with, wherever both have a key.
+def check_params(values: Mapping[str, Any], lock: Mapping[str, Any], modalities: tuple[str, ...],
+                 pipeline: Mapping[str, Any]) -> None:
+    """Compare params.yaml with dvc.lock, which has what every stage ran with, wherever both have a key. Only the stages
+    of `pipeline` (dvc.yaml) count, as DVC keeps entries of others, and of those not plan, which makes no features.
 
     Raises PipelineError naming the first param that now makes other features than the models were trained on.
     """
     for stage, entry in lock.get("stages", {}).items():
-        if "@" in stage and stage.partition("@")[2] not in modalities:
+        name, _, row = stage.partition("@")
+        if name not in pipeline["stages"] or name == "plan" or (row and row not in modalities):
             continue
         for key, trained in entry.get("params", {}).get("params.yaml", {}).items():
             if not key.startswith(FEATURES):

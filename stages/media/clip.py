@@ -20,7 +20,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
-from stages.engine.errors import Skip
+from stages.engine.errors import NO_FILE, NO_STREAM, Skip
 from stages.engine.manifest import Segment, Source
 
 # Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
@@ -29,6 +29,9 @@ OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,mp3,aac,flac",
     "protocol_whitelist": "file",
 }
+# Containers whose header states no length: FFmpeg guesses it from the bit rate, or takes the last clock time it finds
+GUESSED, CLOCKED = {"aac", "mpegvideo"}, {"mpegts", "mpeg"}
+HEAD_BYTES = 1 << 16  # of an MP3: its first frame, which may say how many there are, lies behind the ID3 tag
 Kind = Literal["audio", "video"]
 READ_BYTES = 16 << 20  # and as much memory as a sound clip may need at once
 MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
@@ -40,13 +43,41 @@ SLACK_SHARE = 0.02
 
 def open_clip(path: str | Path) -> InputContainer:
     """Open a clip for reading, whatever its extension says. Skip if it is not a media file, OSError if it is away."""
+    if not path:
+        raise Skip(NO_FILE)
     try:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol
         container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         require_readable(path)
-        raise Skip(f"file can't be opened: {describe(error)}") from None
+        raise Skip(f"file can't be opened: {_not_allowed(path) or describe(error)}") from None
     return container
+
+
+def _not_allowed(path: str | Path) -> str:
+    """The sentence for a container that FFmpeg knows, but that is not read here; "" for what is none of those."""
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as lines, suppress(av.error.FFmpegError, OSError, ValueError):
+            av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore").close()
+    finally:
+        av.logging.set_level(None)
+    name = next((name for _, name, text in lines if "not on whitelist" in text), "")
+    return name and f"its container ({name}) is not allowed; convert it, to mp4, matroska or wav say"
+
+
+def states_length(container: InputContainer, path: str | Path) -> bool:
+    """Whether the length that FFmpeg gives comes from a header, and is no guess."""
+    if container.format.name != "mp3":
+        return container.format.name not in GUESSED
+    with open(path, "rb") as file:
+        head = file.read(10)
+        size = 0
+        if head[:3] == b"ID3":  # ID3v2: four bytes of seven bits
+            size = 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        file.seek(size)
+        frame = file.read(HEAD_BYTES)
+    return any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
 
 
 def require_readable(path: str | Path) -> None:
@@ -106,7 +137,7 @@ class Reader:
             if stream.type == kind and not stream.disposition & Disposition.attached_pic  # cover art is no video
         ]
         if not streams:
-            raise Skip(f"no {kind} stream")
+            raise Skip(NO_STREAM[kind])
         best = self.container.streams.best(kind)
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
@@ -151,6 +182,8 @@ class Reader:
 
     @property
     def _stream_seconds(self) -> float | None:
+        if self.container.format.name in CLOCKED or not states_length(self.container, self.path):
+            return None
         if self.stream.duration and self.stream.time_base:
             return float(self.stream.duration * self.stream.time_base)
         clock = self.stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:00:02.600000000
@@ -242,6 +275,8 @@ def damage_note(decoded: float, declared: float | None, damaged: int) -> str:
 
 
 def probe_duration(path: str | Path) -> float | None:
-    """Seconds that the container's header declares, without decoding; None where it says nothing. Skip as open_clip."""
+    """Seconds that the container declares, without decoding; None where it says nothing. Skip as open_clip."""
     with open_clip(path) as container:
-        return None if container.duration is None else container.duration / av.time_base
+        if container.duration is None or not states_length(container, path):
+            return None
+        return container.duration / av.time_base

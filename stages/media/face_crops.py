@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from stages.engine.errors import PipelineError
+from stages.engine.errors import NO_FILE, PipelineError, Skip
 from stages.engine.manifest import Segment, Source
 from stages.engine.params import Faces, Params
 from stages.engine.store import Row
@@ -28,6 +28,8 @@ def _faces_row(clip_id: str, path: Source, faces: Faces, time_limit: float) -> R
         if isinstance(path, Segment):
             raise PipelineError("faces.detector: found openface, which reads whole files, but clips of this corpus are "
                                 "segments of files; expected centerface")
+        if not path:
+            raise Skip(NO_FILE)
         found = openface.crop_clip(path, *options, faces.openface_binary, time_limit)
     else:
         found = centerface.crop_clip(path, *options, faces.detect_every)
