@@ -16,7 +16,6 @@ bf16               gain of bfloat16 over the row's dtype, on CPUs that compute i
 import argparse
 import functools
 import inspect
-import itertools
 import os
 import statistics
 import tempfile
@@ -35,12 +34,13 @@ from benchmarks import checkpoints
 from stages.commands.published import BAICHUAN_13B, LAYERS, DecoderSize
 from stages.encoders import baichuan, clip, emovclip, hubert
 from stages.encoders.checkpoints import DTYPES, Dtype
-from stages.encoders.pooling import pooled_row
+from stages.encoders.pooling import encoded_row
 from stages.engine.devices import pick_device, set_threads
-from stages.engine.encoding import Encode, Encoder, StoreReader
+from stages.engine.encoding import Encode, Encoder
+from stages.engine.inputs import StoreReader
 from stages.engine.params import Runtime
 from stages.engine.store import Row, write_index, write_shard
-from stages.engine.work import Input
+from stages.engine.work import Input, Shard
 
 RATE = 24000  # Hz, as extract_audio stores
 SHARD = 64  # clips, as in the presets
@@ -117,11 +117,12 @@ def timed_engine(
     encoder: Encoder, read: Callable[[Any], Any], items: Sequence[Any], runtime: Runtime
 ) -> tuple[float, float]:
     """(seconds, of which the device waited) for all items in the engine, rows pooled but not written."""
-    work = Encode(lambda _: encoder, read, functools.partial(pooled_row, keep_frames=False, variance=True), runtime)
+    work = Encode(lambda _: encoder, read, functools.partial(encoded_row, keep_frames=False), runtime)
     work.open(runtime.device)
     clips = [Input(str(i), item, b"") for i, item in enumerate(items)]
     start = time.perf_counter()
-    rows = list(itertools.chain.from_iterable(work.shards(batched(clips, SHARD))))
+    shards = (Shard(Path(str(i)), part) for i, part in enumerate(batched(clips, SHARD)))
+    rows = [row for _, found in work.shards(shards) for row in found]
     seconds = time.perf_counter() - start
     assert len(rows) == len(items) and all(row.present for row in rows)
     return seconds, work.waited
@@ -131,16 +132,17 @@ def timed_loop(encoder: Encoder, read: Callable[[Any], Any], items: Sequence[Any
     start = time.perf_counter()
     for i, item in enumerate(items):
         [features] = encoder.encode([encoder.prepare(read(item))])
-        pooled_row(str(i), features, keep_frames=False, variance=True)
+        encoded_row(encoder, str(i), features, keep_frames=False)
     return time.perf_counter() - start
 
 
 class Prepared:
     """An encoder whose clips are prepared already; items are their numbers."""
 
-    def __init__(self, encoder: Encoder, prepared: Sequence[np.ndarray]):
+    def __init__(self, encoder: Any, prepared: Sequence[np.ndarray]):
         self.dimension, self.unit_bytes, self.padded = encoder.dimension, encoder.unit_bytes, encoder.padded
         self.size, self.encode, self.concurrent = encoder.size, encoder.encode, encoder.concurrent
+        self.variance = encoder.variance
         self._prepared = prepared
 
     def prepare(self, item: int) -> np.ndarray:
@@ -199,7 +201,7 @@ def hubert_case(folder: Path, gpu: bool, dtype: Dtype, factor: float) -> Case:
     items = write_audio(folder / "audio", int((2000 if gpu else 16) * factor))
     return Case(f"HuBERT-{'large' if gpu else 'base'}", "s of audio",
                 lambda dtype, device: hubert.Encoder(hubert.Config(**config, dtype=dtype), device),
-                StoreReader(str(folder / "audio")), items, int((100 if gpu else 16) * factor))
+                StoreReader(folder / "audio"), items, int((100 if gpu else 16) * factor))
 
 
 def clip_case(folder: Path, gpu: bool, dtype: Dtype, factor: float) -> Case:
@@ -208,7 +210,7 @@ def clip_case(folder: Path, gpu: bool, dtype: Dtype, factor: float) -> Case:
     items = write_images(folder / "faces", int((600 if gpu else 12) * factor), 100 if gpu else 12, 128)
     return Case(f"CLIP {name}, every face", "images",
                 lambda dtype, device: clip.Encoder(clip.Config(str(checkpoint), None, dtype), device),
-                StoreReader(str(folder / "faces")), items, int((100 if gpu else 12) * factor))
+                StoreReader(folder / "faces"), items, int((100 if gpu else 12) * factor))
 
 
 def emovclip_case(folder: Path, gpu: bool, dtype: Dtype, factor: float) -> Case:
@@ -219,7 +221,7 @@ def emovclip_case(folder: Path, gpu: bool, dtype: Dtype, factor: float) -> Case:
     return Case(f"EmoVCLIP {name}, 16 frames", "images",
                 lambda dtype, device: emovclip.Encoder(
                     emovclip.Config(str(checkpoint), None, dtype, str(prompts)), device),
-                StoreReader(str(folder / "frames")), items, int((100 if gpu else 8) * factor))
+                StoreReader(folder / "frames"), items, int((100 if gpu else 8) * factor))
 
 
 def baichuan_case(folder: Path, gpu: bool, dtype: Dtype, factor: float,

@@ -23,12 +23,15 @@ from benchmarks import checkpoints
 from benchmarks.encoders import write_audio
 from stages.commands.published import LAYERS
 from stages.encoders import hubert
-from stages.encoders.pooling import pooled_row
+from stages.encoders.pooling import encoded_row
 from stages.engine.devices import stage_devices
-from stages.engine.encoding import Encode, StoreReader, store_inputs
+from stages.engine.encoding import Encode
 from stages.engine.extraction import write_store
 from stages.engine.fingerprint import PARTS
+from stages.engine.inputs import StoreReader, store_inputs
 from stages.engine.params import Params, load
+from stages.engine.store import Store
+from stages.engine.work import Target
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,11 +45,11 @@ def make_encoder(device: str, checkpoint: str) -> hubert.Encoder:
 def seconds(p: Params, checkpoint: Path) -> float:
     """Of one extraction from the start; shards as p.corpus.shard_size says."""
     shutil.rmtree(PARTS, ignore_errors=True)
-    work = Encode(partial(make_encoder, checkpoint=str(checkpoint)), StoreReader("audio"),
-                  partial(pooled_row, keep_frames=False, variance=True), p.runtime)
-    stage = Stage("ray_overhead", Path("out") / p.runtime.executor, "features", {"variance": True}, "benchmark")
+    work = Encode(partial(make_encoder, checkpoint=str(checkpoint)), StoreReader(Path("audio")),
+                  partial(encoded_row, keep_frames=False), p.runtime)
+    target = Target("ray_overhead", Path("out") / p.runtime.executor, "features", {}, "benchmark")
     start = time.perf_counter()
-    write_store(stage, store_inputs("audio"), work, p, stage_devices(p.runtime))
+    write_store(target, store_inputs(Store("audio")), work, p, stage_devices(p.runtime))
     return time.perf_counter() - start
 
 

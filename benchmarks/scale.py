@@ -5,8 +5,8 @@
 
 Each size is a repository of its own in a temporary folder (--folder), with the committed code and dvc.yaml: a corpus of
 files without video, media stores with next to nothing per clip, and random features at the published dimensions, in
-shards of 64. Every step is a process of its own; its peak memory is that of the largest process in it. "x" is how many
-times as long as at the size before; "(!)" marks what grew faster than n log n.
+shards of at most 64. Every step is a process of its own; its peak memory is that of the largest process in it. "x" is
+how many times as long as at the size before; "(!)" marks what grew faster than n log n.
 """
 
 import argparse
@@ -28,20 +28,21 @@ import cv2
 import numpy as np
 from ruamel.yaml import YAML
 
+from stages.corpora.duplicates import COLUMNS as DUPLICATES
 from stages.engine.extraction import write_store
 from stages.engine.files import write_rows
 from stages.engine.fingerprint import PARTS
 from stages.engine.manifest import Clip, read_manifest, write_manifest
 from stages.engine.params import load
 from stages.engine.store import Row, Store, write_index, write_shard
-from stages.engine.work import Input
+from stages.engine.work import Input, Shard, Target
 
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "data", "features", "models", "reports", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
            ".gitignore", "dvc.yaml", "params.yaml")
 SHARD, FOLDS = 64, 5
 SPLITS = {"labelled": 5030 / 120625, "test": 20000 / 120625}  # of MER2024; the others are unlabelled
-DIMENSIONS = {"hubert": 1024, "clip": 768, "baichuan": 5120, "emovclip": FOLDS * 768}
+DIMENSIONS = {"hubert": 1024, "clip": 768, "baichuan": 5120, "emovclip": 768}
 ALPHABET = [chr(code) for code in range(0x4E00, 0x4E00 + 2000)]
 PLANNED = "baichuan"  # the features that planning and resuming are measured with: the largest
 SLACK, NOISE_SECONDS = 1.15, 1.0  # a growth is marked beyond n log n times the one and by more than the other
@@ -166,30 +167,29 @@ class NoWork:
 
     def close(self) -> None: ...
 
-    def shards(self, chunks: Iterable[Sequence[Input]]) -> Iterator[list[Row]]:
-        for chunk in chunks:
-            yield [feature(np.random.default_rng([*clip.digest]), PLANNED, clip.clip_id) for clip in chunk]
+    def shards(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, list[Row]]]:
+        for shard in shards:
+            yield shard, [feature(np.random.default_rng([*clip.digest]), PLANNED, clip.clip_id) for clip in shard.clips]
 
 
 def resume() -> float:
     """Plan over finished parts, compute what is missing, link all into the out folder."""
     params = load()
     inputs = [Input(clip.clip_id, clip.clip_id, bytes.fromhex(clip.digest)) for clip in read_manifest()]
-    stage = planned_stage()
     start = time.perf_counter()
-    write_store(stage, inputs, NoWork(), params, ["cpu"])
+    write_store(planned(), inputs, NoWork(), params, ["cpu"])
     return time.perf_counter() - start
 
 
 def resume_one_percent() -> float:
-    parts = sorted((PARTS / planned_stage().name).rglob("*.h5"))
+    parts = sorted((PARTS / planned().stage).rglob("*.h5"))
     for part in parts[:: 100]:
         part.unlink()
     return resume()
 
 
-def planned_stage() -> Stage:
-    return Stage(f"extract@{PLANNED}", Path("features") / PLANNED, "features", attributes(PLANNED), "benchmark")
+def planned() -> Target:
+    return Target(f"extract@{PLANNED}", Path("features") / PLANNED, "features", attributes(PLANNED), "benchmark")
 
 
 def read_stores() -> float:
@@ -239,6 +239,7 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     values["corpus"] |= {"adapter": "csv", "path": "data/raw", "truth": None, "shard_size": SHARD}
     values["fusion"] |= {"epochs": epochs, "modalities": list(DIMENSIONS)}
     values["self_training"]["rounds"] = rounds
+    values["folds"]["count"] = FOLDS
     values["runtime"]["device"] = "cpu"
     YAML().dump(values, folder / "params.yaml")
     labels = values["corpus"]["labels"]
@@ -261,6 +262,7 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     write_manifest(clips, folder / "data/manifest.csv")
     write_rows(folder / "data/raw/clips.csv", ["path", "split", "label"], [(c.path, c.split, c.label) for c in clips])
     write_rows(folder / "data/truth.csv", ["clip_id", "label"], truth)
+    write_rows(folder / "data/duplicates.csv", DUPLICATES, [])
     write_rows(folder / "data/transcripts.csv", ["clip_id", "transcript", "source"],
                [(c.clip_id, c.transcript, "corpus") for c in clips])
     (folder / "data/rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
@@ -276,17 +278,17 @@ def make_stores(folder: Path) -> None:
     rng = np.random.default_rng(0)
     picture = cv2.imencode(".jpg", cv2.resize(rng.integers(0, 256, (4, 4, 3), np.uint8), (64, 64)))[1].tobytes()
     sound = np.zeros(8, np.int16)
-    write_store(folder / "data/audio", "audio", clip_ids, lambda c: Row(c, values=sound), {"sample_rate": 24000})
+    fill_store(folder / "data/audio", "audio", clip_ids, lambda c: Row(c, values=sound), {"sample_rate": 24000})
     for name in ("frames", "faces"):
-        write_store(folder / "data" / name, "images", clip_ids, lambda c: Row(c, values=[picture]), {})
+        fill_store(folder / "data" / name, "images", clip_ids, lambda c: Row(c, values=[picture]), {})
     for name in DIMENSIONS:
         if name != PLANNED:
-            write_store(folder / "features" / name, "features", clip_ids, partial(feature, rng, name),
-                        attributes(name))
+            row = partial(feature, rng, name)
+            fill_store(folder / "features" / name, "features", clip_ids, row, attributes(name))
     timed(folder, "python", "-m", "benchmarks.scale", "--step", "plan: all done")  # the first time nothing is done
 
 
-def write_store(
+def fill_store(
     folder: Path, kind: str, clip_ids: Sequence[str], row: Callable[[str], Row], attributes: dict[str, Any]
 ) -> None:
     names: list[str] = []
@@ -299,13 +301,15 @@ def write_store(
 
 def feature(rng: np.random.Generator, name: str, clip_id: str) -> Row:
     """A clip's random pooled features."""
-    mean = rng.standard_normal(DIMENSIONS[name], np.float32)
-    return Row(clip_id, mean=mean, var=None if name == "emovclip" else mean**2)
+    what = attributes(name)
+    mean = rng.standard_normal(what["folds"] * what["dimension"], np.float32)
+    return Row(clip_id, mean=mean, var=mean**2 if what["variance"] else None)
 
 
 def attributes(name: str) -> dict[str, Any]:
-    folds = {"folds": FOLDS} if name == "emovclip" else {}
-    return {"extractor": name, "encoder": name, "dimension": DIMENSIONS[name], "variance": name != "emovclip", **folds}
+    per_fold = name == "emovclip"
+    return {"extractor": name, "encoder": name, "dimension": DIMENSIONS[name], "variance": not per_fold,
+            "folds": FOLDS if per_fold else 1, "leaky": False}
 
 
 if __name__ == "__main__":

@@ -17,13 +17,18 @@ from typing import Any
 
 from stages.engine.errors import NO_KNOWN_WORD, PipelineError, run_stage
 from stages.engine.files import replacing
-from stages.engine.manifest import read_manifest, read_transcripts
+from stages.engine.manifest import Source, read_manifest, read_transcripts, source_of
 from stages.engine.params import Params, load
 from stages.engine.plan import left_out
 from stages.rankings.cache import FOLDER, Answer, Cache
 from stages.rankings.clips import item_of
+<<<<<<< HEAD
 from stages.rankings.earlier import earlier_answers
 from stages.rankings.providers import FIRST, question, rank, spent, unanswered, voices
+=======
+from stages.rankings.providers import question, rank, spent, voices
+from stages.rankings.voices import FIRST
+>>>>>>> rankings
 
 OUT = Path("data/rankings.jsonl")
 REASONS_SHOWN = 3
@@ -37,7 +42,7 @@ class Row:
     transcript: str
     clip_ids: list[str]
     item: str = ""
-    path: Path = Path()
+    path: Source = ""
 
     def asks(self, p: Params) -> str:
         """What the voice is asked; "" for nothing."""
@@ -51,7 +56,7 @@ def read_work(asked: Iterable[Params]) -> list[Row]:
     if sent:
         folder = Path(sent[0].corpus.path)
         clips = [(clip, transcripts.get(clip.clip_id, "")) for clip in read_manifest()]
-        return [Row(text, [c.clip_id], item_of(c.digest, text), folder / c.path) for c, text in clips]
+        return [Row(text, [c.clip_id], item_of(c.digest, text), source_of(c, folder)) for c, text in clips]
     clip_ids: dict[str, list[str]] = {}
     for clip_id, text in transcripts.items():
         if text:

@@ -1,7 +1,7 @@
 """Stage train_emovclip: prompts for the frozen CLIP [paper 3.2], per fold on its training part, in models/emovclip/.
 
 With emovclip.scope: all one set of prompts sees every labelled clip, validation parts too (metrics then say leaky).
-Every epoch leaves its state in .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
+Every epoch writes its state to .cache/parts/train_emovclip/<fingerprint>/; a killed run goes on from there.
 """
 
 import hashlib
@@ -146,7 +146,7 @@ def train_all(p: Params, device: str) -> list[list[float]]:
                 rows += [[-1 if fold is None else fold, *point] for point in curve]
             write_tensors(OUT / f"{part}.safetensors", dict(clip.prompts.named_parameters()))
     write_json(OUT / TRAINED, trained_for(e, count))
-    shutil.rmtree(state, ignore_errors=True)  # the outs are whole: the states served resuming only
+    shutil.rmtree(state, ignore_errors=True)  # the outs are complete, and only resuming needs the states
     return rows
 
 

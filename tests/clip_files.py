@@ -18,7 +18,8 @@ def write_clip(
         if picture:
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             for i in range(int(10 * seconds)):
-                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + brightness + 10 * i, np.uint8), format="rgb24")
+                image = np.full((48, 64, 3), 20 + brightness + 10 * i, np.uint8)
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
                 container.mux(video.encode(frame))
             container.mux(video.encode(None))
         if sound:

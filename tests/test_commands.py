@@ -70,8 +70,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
 def test_an_unknown_command_is_one_line_with_the_known_ones(tmp_path: Path) -> None:
     done = mer(tmp_path, "predcit", "--help")
     assert done.returncode == 1
-    assert done.stderr == ("error: mer: found the command predcit, expected one of predict, release, repair, tables, "
-                           "import-features, estimate\n")
+    assert done.stderr == f"error: mer: found the command predcit, expected one of {', '.join(COMMANDS)}\n"
 
 
 def test_mer_acts_on_the_folder_that_it_is_called_in(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -313,40 +312,6 @@ def test_the_key_is_nowhere(
     texts += [path.read_bytes().decode(errors="replace") for path in tmp_path.iterdir()]
     assert all(KEY not in text and "0123456789" not in text for text in texts)
     assert "***" in str(error.value)
-
-
-def flaky(seed: int, share: float, more: list[Plan]) -> Plan:
-    """Faults of every kind in `share` of the requests."""
-    chance = random.Random(seed)
-    kinds = [plan for script in FAULTS.values() for plan in script[:1]] + more
-
-    def plan(handler: Handler, request: dict[str, Any]) -> None:
-        with handler.server.lock:
-            chosen = chance.choice(kinds) if chance.random() < share else answer
-        chosen(handler, request)
-
-    return plan
-
-
-def soak(server: Server, folder: Path, count: int, *more: Plan) -> None:
-    server.default = flaky(1, 0.2, list(more))
-    transcripts = [f"这是第{i}句话。" for i in range(count)]
-    store = Cache(QUESTION, folder)
-    patience = Patience(answers=8, first_wait=0.005, longest_wait=0.05, timeout=5)
-    provider(server.url, store, concurrency=32, patience=patience).rank(transcripts)
-    answers = store.load(transcripts)
-    assert {t: a.ranking for t, a in answers.items()} == {t: ranking_of(t) for t in transcripts}
-    assert set(server.answered.values()) == {1} and len(server.answered) == count
-
-
-def test_many_requests_with_faults_end_complete(server: Server, tmp_path: Path) -> None:
-    soak(server, tmp_path, 200)
-
-
-@pytest.mark.slow
-def test_two_thousand_requests_with_faults_end_complete(server: Server, tmp_path: Path) -> None:
-    soak(server, tmp_path, 2000, stall)
-    print(f"{len(server.requests)} requests, {len(server.requests) - server.answered.total()} faults, lost: 0")
 
 
 def _ask_in_a_process(url: str, transcripts: list[str], folder: Path) -> None:

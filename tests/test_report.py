@@ -15,9 +15,9 @@ from sklearn.metrics import f1_score
 from stages.engine.errors import PipelineError
 from stages.engine.params import load
 from stages.evaluation import figures
+from stages.evaluation.agreement import agreement
 from stages.evaluation.artefacts import UNKNOWN, Run, read_run
 from stages.evaluation.report import render_report
-from stages.evaluation.voices import agreement
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

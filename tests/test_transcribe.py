@@ -82,7 +82,8 @@ def make_ctc(folder: Path, norm: str, family: str = "wav2vec2", mask: bool = Tru
     return folder
 
 
-def make_whisper(folder: Path) -> Path:
+def make_whisper(folder: Path, timestamps: int = 0) -> Path:
+    """With tokens for so many moments, 0.02 s apart."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         GenerationConfig,
@@ -93,7 +94,7 @@ def make_whisper(folder: Path) -> Path:
     )
 
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>"]
-    special += ["<|notimestamps|>"]
+    special += ["<|notimestamps|>", *(f"<|{0.02 * i:.2f}|>" for i in range(timestamps))]
     plain = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(plain + special)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -134,7 +135,7 @@ def make_whisper(folder: Path) -> Path:
         lang_to_id={"<|en|>": vocabulary["<|en|>"], "<|zh|>": vocabulary["<|zh|>"]},
         task_to_id={"translate": vocabulary["<|translate|>"], "transcribe": vocabulary["<|transcribe|>"]},
         no_timestamps_token_id=vocabulary["<|notimestamps|>"],
-        suppress_tokens=[i for token, i in vocabulary.items() if not ("a" <= token <= "z")],
+        suppress_tokens=[i for token, i in vocabulary.items() if not ("a" <= token <= "z" or "." in token)],
     )
     model.save_pretrained(folder)
     return folder

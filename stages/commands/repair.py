@@ -4,7 +4,7 @@
     mer repair --retry data/audio && dvc repro     # another try for clips whose decoder died or took too long
 
 A shard may lie in three places, as one file linked or as copies: the out folder, .cache/parts and DVC's cache. DVC
-trusts its cache unseen: when only the out folder is removed, it brings the damaged file back, and even `dvc repro -f`
+does not check its cache: when only the out folder is removed, it restores the damaged file, and even `dvc repro -f`
 leaves it in the cache. So every shard of the folder and every finished part of its stage is read whole, and every
 cached file of the folder is compared with its checksum. What was read and found wrong is removed, and nothing else;
 what can't be read just now stops the repair. DVC then restores the rest from a sound cache or runs the stage, which

@@ -3,7 +3,6 @@
 Apart from the stage: worker processes can't import functions of a package's __main__.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from stages.corpora.layout import Entry, shown
 from stages.engine.devices import pick_workers
 from stages.engine.errors import PipelineError, Skip, describe
 from stages.engine.files import file_digest
-from stages.engine.manifest import Clip
+from stages.engine.manifest import Clip, segment_digest
 from stages.engine.params import Params
 from stages.engine.workers import Workers
 from stages.media.clip import probe_duration
@@ -39,7 +38,7 @@ def examine_all(p: Params, entries: list[Entry]) -> list[Clip]:
     results = pool.map(examine, ((str(root / path),) for path in paths))
     files: dict[str, tuple[int, str, float | None]] = {"": (0, "", None)}  # of clips of words alone
     for path, result in zip(paths, tqdm(results, "corpus", len(paths), unit="clip", mininterval=1), strict=True):
-        if isinstance(result, Skip):  # its reader died or hung: the later stages will record why they can't use it
+        if isinstance(result, Skip):  # its reader crashed or timed out: the later stages record why they can't use it
             result = (root / path).stat().st_size, file_digest(root / path), None
         if isinstance(result, (OSError, MemoryError)):
             raise PipelineError(f"{root / path}: {describe(result)}")
@@ -58,7 +57,7 @@ def _ends_late(entry: Entry, seconds: float | None) -> bool:
 
 def _clip(entry: Entry, size: int, digest: str, duration: float | None) -> Clip:
     if entry.start is not None or entry.end is not None:
-        digest = hashlib.sha256(f"{digest} {entry.start} {entry.end}".encode()).hexdigest()
+        digest = segment_digest(digest, entry.start, entry.end)
         ends = [seconds for seconds in (entry.end, duration) if seconds is not None]
         duration = max(0.0, min(ends) - (entry.start or 0)) if ends else None
     label = entry.label if entry.split == "labelled" else ""

@@ -1,4 +1,4 @@
-"""What the adapters share: finding media files, reading label files, and the errors that participants meet."""
+"""What the adapters share: finding media files, reading label files, and the errors in participants' corpora."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -150,15 +150,23 @@ class Recognizer:
             yield waveform
 
     def _recognize(self, waveforms: list[np.ndarray]) -> list[str]:
+        inputs = self._inputs(waveforms)
+        if not self._is_ctc:
+            tokens = self._model.generate(**inputs, **self._generation)
+            return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [self._collapse(ids) for ids in self._best(inputs)]
+
+    def _inputs(self, waveforms: list[np.ndarray]) -> Any:
         padding = {} if self._family == "whisper" else {"padding": True}
         inputs = self._features(waveforms, sampling_rate=self.sample_rate, return_tensors="pt",
                                 return_attention_mask=self._masks or not self._is_ctc, **padding)
         inputs = inputs.to(self._device)
         main = self._model.main_input_name
         inputs[main] = inputs[main].to(self._dtype)
-        if not self._is_ctc:
-            tokens = self._model.generate(**inputs, **self._generation)
-            return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return inputs
+
+    def _best(self, inputs: Any) -> list[list[int]]:
+        """Of a CTC model: every waveform's most likely token per frame."""
         logits = self._model(**inputs).logits
         if not logits.isfinite().all():
             raise PipelineError(f"checkpoint {self._checkpoint}: non-finite output; try transcribe.dtype: float32")
@@ -166,7 +174,7 @@ class Recognizer:
         lengths = [best.shape[1]] * len(best)
         if self._masks:
             lengths = self._model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1)).tolist()
-        return [self._collapse(row[:length].tolist()) for row, length in zip(best, lengths, strict=True)]
+        return [row[:length].tolist() for row, length in zip(best, lengths, strict=True)]
 
     def _collapse(self, ids: list[int]) -> str:
         """CTC's text: repeats joined, blanks (the padding token) dropped by the tokenizer, and so <unk> and </s>."""

@@ -124,7 +124,7 @@ def _refuse_remote_code(checkpoint: str, config: Any) -> None:
 def _check_tensors(checkpoint: str, config: dict[str, Any], weights: str | None) -> None:
     """Compare names and shapes with the configuration before open_clip loads anything.
 
-    It would name all that is wrong in one long message, and resizes positional embeddings without a word. Models
+    It would name all that is wrong in one long message, and resizes positional embeddings without a warning. Models
     with a text or vision tower of another library have other names in older files: those are left to open_clip.
     """
     from open_clip.model import CLIP

@@ -141,7 +141,7 @@ class Trainer:
         return batch, images.permute(0, 1, 4, 2, 3).float().div(255)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors, JSON-able values) from which `restore` goes on as if nothing had happened."""
+        """(tensors, JSON-able values) from which `restore` goes on as without the interruption."""
         tensors = {}
         for name, parameter in self.clip.prompts.named_parameters():
             tensors[name] = parameter.detach().cpu().clone()

@@ -63,8 +63,8 @@ def pick_workers(runtime: Runtime) -> int:
 def set_threads(narrow: bool) -> None:
     """On a CPU, one thread for a narrow network, else all cores.
 
-    Threads meet after every operation. Where an operation takes microseconds they only wait for one another, ten
-    times as long as they compute when anything else runs on the machine.
+    Threads synchronise after every operation. Where an operation takes microseconds they mostly wait for one another,
+    ten times as long as they compute when anything else runs on the machine.
     """
     import torch
 
@@ -73,7 +73,7 @@ def set_threads(narrow: bool) -> None:
 
 @contextmanager
 def lanes(count: int) -> Iterator[Executor]:
-    """`count` threads for work on a CPU that need not meet, torch's own threads shared out among them.
+    """`count` threads for work on a CPU that need not synchronise, torch's own threads shared out among them.
 
     Threads inside an operation wait for one another after each; lanes don't.
     """

@@ -256,7 +256,7 @@ class Ahead:
                         self._running += 1
                     self._queue.put(self._pool.submit(self._run, clip))
             self._queue.put(None)
-        except BaseException as error:  # of `shards`: raised where they are wanted
+        except BaseException as error:  # of `shards`: raised in the thread that takes them
             self._queue.put(error)
 
     def _may_go_on(self) -> bool:

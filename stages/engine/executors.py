@@ -69,7 +69,7 @@ def _in_processes(
 
 
 def _empty(shards: Any) -> None:
-    """Leave nothing but the Nones."""
+    """Remove all items from the queue but the Nones."""
     try:
         while shards.get_nowait() is not None:
             pass

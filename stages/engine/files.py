@@ -43,6 +43,21 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def require_writable(path: str | Path) -> None:
+    """Raises OSError as `replacing` does where it could not begin, before the work whose result it is to take."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch(exist_ok=False)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def empty_folder(path: Path) -> None:
     """Make `path` an empty folder, whatever it was. Raises OSError (read-only) that names `path`."""
     try:

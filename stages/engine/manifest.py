@@ -1,5 +1,6 @@
 """data/manifest.csv, data/folds.csv and data/transcripts.csv: what the other stages know of the corpus."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -45,6 +46,11 @@ def source_of(clip: Clip, root: Path) -> str | Segment:
         return ""
     path = str(root / clip.path)
     return path if clip.start is None and clip.end is None else Segment(path, clip.start or 0.0, clip.end)
+
+
+def segment_digest(digest: str, start: float | None, end: float | None) -> str:
+    """A segment's digest, of its file's: SHA-256, hex."""
+    return hashlib.sha256(f"{digest} {start} {end}".encode()).hexdigest()
 
 
 SEGMENT = ["start", "end"]  # columns of a corpus with segments only

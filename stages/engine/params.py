@@ -1,6 +1,6 @@
 """params.yaml, checked whole: every key known, every value of the right type and range.
 
-Every stage loads the whole file, so that a slip in `fusion` is reported before hours of extraction.
+Every stage loads the whole file, so that a mistake in `fusion` is reported before hours of extraction.
 There are no defaults and no coercion: what a stage sees is what the file, and so DVC, says.
 YAML 1.2 through ruamel.yaml as DVC reads it (`off` is a string, 1e-4 a number).
 """

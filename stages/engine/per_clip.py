@@ -76,7 +76,7 @@ class PerClip:
 
         for shard in shards:
             begun.append((shard, self._begin(shard.clips)))
-            yield from finish(1)  # one ahead, so that no worker rests while a shard's last clips are decoded
+            yield from finish(1)  # one ahead, so that no worker is idle while a shard's last clips are decoded
             if sum(len(rows) for _, rows in held) > HELD_CLIPS:
                 yield from finish(0)
                 yield from self._again(held)

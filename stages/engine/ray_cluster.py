@@ -1,4 +1,4 @@
-"""The Ray cluster of runtime.executor: ray: joining it, looking at its nodes, and what room they have.
+"""The Ray cluster of runtime.executor: ray: joining it, looking at its nodes, and how much of it is free.
 
 A node that does not see the repository's folder, or has other versions, would lose clips or write other bytes: every
 node is looked at before a shard is handed out.
@@ -115,7 +115,7 @@ def sound_nodes(ray: Any, root: Path, paths: Sequence[str]) -> list[Mapping[str,
                 found = ray.get(ref)
             except ray.exceptions.RayError as error:
                 if node["NodeID"] not in {other["NodeID"] for other in living(ray)}:
-                    continue  # it was lost a moment ago
+                    continue  # the node was lost a moment ago
                 raise PipelineError(f"{name}: can't run Python: {one_line(error)}") from None
             compare(name, own, found, root)
             if not appears(answer) or answer.read_text() != nonce:

@@ -64,7 +64,7 @@ class _Actor:
 
 
 def _name_main() -> None:
-    """Give what the running stage defines its module's name: in a node's processes, __main__ is another."""
+    """Name the module of what the running stage defines: in a node's processes __main__ is another module."""
     main = sys.modules["__main__"]
     if main.__spec__ is None:
         return

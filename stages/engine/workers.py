@@ -20,7 +20,7 @@ class Workers:
         self._pool = ProcessPool(count, context=multiprocessing.get_context("spawn"))
 
     def map(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results in order; all work is begun at once.
+        """Results in order; all tasks are submitted at once.
 
         In place of a result: Skip, where the function raised it; Died for a crash or time-out; the OSError or
         MemoryError of a machine at fault, after several attempts. Raises PipelineError where workers can't start.

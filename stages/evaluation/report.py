@@ -19,9 +19,9 @@ from markupsafe import Markup
 
 from stages.engine.params import FusionParams
 from stages.evaluation import charts, figures
+from stages.evaluation.agreement import agreement
 from stages.evaluation.artefacts import Predictions, Run, read_rankings, read_transcripts
 from stages.evaluation.thumbnails import thumbnails
-from stages.evaluation.voices import agreement
 
 MISTAKES = 40       # shown, most confidently wrong first
 PSEUDO_LABELS = 500  # shown, in order of selection

@@ -1,4 +1,4 @@
-"""What the fusion is fed: every clip's pooled features, resident on one device, with labels, splits and folds.
+"""The fusion's inputs: every clip's pooled features, resident on one device, with labels, splits and folds.
 
 A modality's matrix is kept as (x - centre) / spread, centre and spread per dimension over the labelled clips, and
 in half precision once a corpus is large: 120,625 clips x 14,592 dimensions are 3.5 GB instead of 7.0. Centred

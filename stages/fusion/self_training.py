@@ -1,15 +1,15 @@
 """Self-training [paper 3.5]: rounds of pseudo-labels and retraining from scratch.
 
 Round 0 is models/fusion. In round r each seed's ensemble of folds predicts the pool (the unlabelled clips and, as
-the paper has it, the test clips without their labels); of the clips that it predicts as a class, the k it is surest
-of join the training part of every fold of that seed, never a validation part. Then all models start again from
+the paper has it, the test clips without their labels); of the clips that it predicts as a class, the k with the highest
+probability join the training part of every fold of that seed, never a validation part. Then all models start again from
 their first weights.
 
 pool: accumulate   the k are chosen among the clips not yet taken, and keep their label for good [paper]
-      redraw       round r chooses r * k per class afresh from the whole pool, so that a bad choice can go again
+      redraw       round r chooses r * k per class afresh from the whole pool, so that a wrong one can be dropped
 agreement: n       a clip qualifies only if at least n unimodal classifiers call it what the ensemble calls it. They
-                   are trained once, on one modality each and the labelled clips only: a second opinion that earlier
-                   pseudo-labels can't have bent. A classifier whose modality a clip lacks has no voice.
+                   are trained once, on one modality each and the labelled clips only: no pseudo-label has influenced
+                   them. A classifier whose modality a clip lacks is not counted.
 
 A class with fewer than k candidates adds what there is (rounds.csv shows it). The rounds end early when nothing new
 is chosen. Every finished round is one file, so a killed run resumes after the last one, to the same bits.
@@ -138,7 +138,7 @@ def _unimodal_opinions(inputs: Inputs, fusion: Fusion, folder: Path) -> np.ndarr
     path = folder / "unimodal.safetensors"
     if not path.exists():
         labels = np.tile(inputs.labels, (len(fusion.seeds), 1))
-        recipe = fusion.model_copy(update={"modality_dropout": 0.0})  # it has but one modality
+        recipe = fusion.model_copy(update={"modality_dropout": 0.0})  # it has only one modality
         opinions = []
         for modality in inputs.modalities:
             alone = inputs.select([modality.name])

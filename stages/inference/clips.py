@@ -1,14 +1,36 @@
 """What predict is asked for: clips, by name or by folder, and the transcripts that the user has of them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from stages.corpora.folders import EXPECTED, NOTHING, escaped, say_left_out, scan, what_is
 from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError
+from stages.engine.files import file_digest
+from stages.engine.manifest import Segment, Source, segment_digest
 
 # Columns of a transcript table: predict's own output, data/transcripts.csv, any other, and the MER corpora's
 FORMS = (("clip", "transcript"), ("clip_id", "transcript"), ("name", "transcript"), ("name", "chinese"))
+
+
+def name_of(clip: Source) -> str:
+    """How a clip is called in messages, and told from others: its path, and of a segment its seconds."""
+    if isinstance(clip, Segment):
+        return f"{clip.path} {clip.start:.3f}-{'' if clip.end is None else format(clip.end, '.3f')} s"
+    return str(clip)
+
+
+@cache
+def _file_digest(path: str) -> str:
+    return file_digest(path)
+
+
+def digest_of(clip: Source) -> str:
+    """What tells the clip's content from others', as data/manifest.csv has it."""
+    if isinstance(clip, Segment):
+        return segment_digest(_file_digest(clip.path), clip.start, clip.end)
+    return file_digest(clip)
 
 
 def find_clips(arguments: Sequence[str]) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +12,13 @@ from stages.engine.devices import pick_device, pick_workers
 from stages.engine.encoding import Encode
 from stages.engine.errors import PipelineError
 from stages.engine.inputs import identity, row_inputs
+from stages.engine.manifest import Source
 from stages.engine.store import Row
 from stages.engine.work import Input
 from stages.engine.workers import Workers
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import Inputs, Modality
+from stages.inference.clips import name_of
 from stages.inference.media import Decoding, media_functions
 from stages.inference.texts import Texts, find_texts
 from stages.inference.trained import Trained
@@ -27,7 +28,7 @@ from stages.inference.trained import Trained
 class Prediction:
     """What is known of one clip. Class order as Ensemble.label_names, modality order as its architecture's."""
 
-    clip: Path
+    clip: Source
     probabilities: np.ndarray | None  # (L,) equal-weight mean of all models' softmaxes; None where nothing was present
     votes: int  # models that call it as the mean does
     attention: np.ndarray  # (modalities,) mean of the models' raw attention scores
@@ -37,7 +38,7 @@ class Prediction:
     reason: str  # what is absent or partial, and why
 
 
-def predict(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str]) -> Iterator[Prediction]:
+def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, str]) -> Iterator[Prediction]:
     """Every clip's prediction, in order, each chunk of clips as soon as it is through; `given` are transcripts.
 
     Raises PipelineError for what is wrong with the models or the machine; a clip that can't be used is a Prediction.
@@ -57,11 +58,17 @@ def predict(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str]) 
                 medium = p.extractors[name].input
                 features[name] = encoder.rows(
                     row_inputs(medium, media[medium], p.audio.sample_rate) if medium in media
-                    else [Input(str(clip), texts.item(clip, medium), b"") for clip in part]
+                    else [Input(name_of(clip), texts.item(clip, medium), b"") for clip in part]
                 )
             yield from fuse(ensemble, part, media, features, texts, device)
     finally:
         workers.close()
+
+
+def no_prediction(trained: Trained, clip: Source, reason: str) -> Prediction:
+    """What is said of a clip that is not even decoded."""
+    count = len(trained.modalities)
+    return Prediction(clip, None, 0, np.zeros(count), (False,) * count, "", None, reason)
 
 
 def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
@@ -81,14 +88,14 @@ def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
 
 def fuse(
     ensemble: Ensemble,
-    clips: Sequence[Path],
+    clips: Sequence[Source],
     media: Mapping[str, Sequence[Row]],
     features: Mapping[str, Sequence[Row]],
     texts: Texts,
     device: str,
 ) -> Iterator[Prediction]:
     """The ensemble's predictions for one chunk of clips."""
-    inputs = fusion_inputs(ensemble, [str(clip) for clip in clips], features, device)
+    inputs = fusion_inputs(ensemble, [name_of(clip) for clip in clips], features, device)
     softmax, scores = ensemble.predict_with_attention(inputs, np.arange(len(clips)))
     probabilities, attention = softmax.mean(dim=1).mean(dim=0).numpy(), scores.mean(dim=(0, 1)).numpy()
     votes = (softmax.argmax(dim=-1) == torch.from_numpy(probabilities).argmax(dim=-1)).sum(dim=(0, 1)).tolist()

@@ -4,15 +4,15 @@ One pass over all clips: so the ranking provider is asked once, estimates the co
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
-from stages.engine.files import file_digest
 from stages.engine.inputs import identity, ranked_item, row_inputs
+from stages.engine.manifest import Source
 from stages.engine.params import Params
 from stages.engine.workers import Workers
+from stages.inference.clips import digest_of
 from stages.inference.media import Decoding, media_functions
 from stages.inference.trained import Trained
 from stages.rankings.cache import Answer
@@ -24,19 +24,20 @@ class Texts:
     """Transcripts and, where an encoder wants them, rankings."""
 
     def __init__(
-        self, transcripts: Mapping[Path, str], answers: Mapping[str, Answer], items: Mapping[Path, str] | None = None
+        self, transcripts: Mapping[Source, str], answers: Mapping[str, Answer],
+        items: Mapping[Source, str] | None = None,
     ):
         self._transcripts, self._answers = transcripts, answers
         self._items = transcripts if items is None else items  # what the ranking provider was asked for each clip
 
-    def transcript(self, clip: Path) -> str:
+    def transcript(self, clip: Source) -> str:
         return self._transcripts.get(clip, "")
 
-    def ranking(self, clip: Path) -> list[str] | None:
+    def ranking(self, clip: Source) -> list[str] | None:
         answer = self._answers.get(self._items.get(clip, ""))
         return answer.ranking if answer else None
 
-    def item(self, clip: Path, medium: str) -> Any:
+    def item(self, clip: Source, medium: str) -> Any:
         """What extract's text encoders take: the transcript, or it with its ranking; "" where there is none."""
         transcript = self.transcript(clip)
         if medium == "transcripts.csv" or not transcript:
@@ -45,7 +46,7 @@ class Texts:
         return ranked_item(transcript, answer.ranking, answer.reason)
 
 
-def find_texts(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str], workers: Workers) -> Texts:
+def find_texts(trained: Trained, clips: Sequence[Source], given: Mapping[Source, str], workers: Workers) -> Texts:
     """The given transcripts, recognised ones for the clips without, and the rankings of all.
 
     Raises PipelineError as the recogniser and the ranking provider do.
@@ -62,12 +63,12 @@ def find_texts(trained: Trained, clips: Sequence[Path], given: Mapping[Path, str
         return Texts(transcripts, {})
     if p.rankings.input == "transcript":
         return Texts(transcripts, rank(distinct, p))
-    items = {clip: item_of(file_digest(clip), text) for clip in clips if (text := transcripts.get(clip))}
+    items = {clip: item_of(digest_of(clip), text) for clip in clips if (text := transcripts.get(clip))}
     answers = rank(list(dict.fromkeys(items.values())), p, {item: clip for clip, item in items.items()})
     return Texts(transcripts, answers, items)
 
 
-def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, str]:
+def recognize(clips: Sequence[Source], p: Params, workers: Workers) -> dict[Source, str]:
     """Texts of those clips that have usable audio, as the stage transcribe makes them."""
     from tqdm import tqdm
 
@@ -79,7 +80,7 @@ def recognize(clips: Sequence[Path], p: Params, workers: Workers) -> dict[Path, 
         work.open(pick_device(p.runtime.device))
     except PipelineError as error:
         raise PipelineError(f"transcribe: {error}") from None
-    texts: dict[Path, str] = {}
+    texts: dict[Source, str] = {}
     with tqdm(total=len(clips), desc="transcribe", unit="clip", mininterval=1) as bar:
         for part, media in decoding:
             rows = work.rows(row_inputs("audio", media["audio"], p.audio.sample_rate))

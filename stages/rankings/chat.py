@@ -167,12 +167,12 @@ class Chat:
     def read(self, body: dict[str, Any], allowance: int, sent: Callable[[], dict[str, Any]]) -> Verdict:
         """What the body of an HTTP 200 is worth, whatever its shape; `sent` makes the request anew.
 
-        Raises Fault for an error in it that is worth another try, Refused for another.
+        Raises Fault for an error in it that is one of the line.
         """
         if (error := replies.error_in(body)) is not None:
             said, code = self.clean(error.get("message") or error), str(error.get("code"))
             if code.isdigit() and 400 <= int(code) < 500 and int(code) not in (408, 409, 425, 429):
-                raise Refused(f"a refusal ({said})")
+                return Verdict(None, f"a refusal ({said})", (0, 0), (0, 0))
             raise Fault(said)
         reply = replies.read(body)
         tokens_in, tokens_out = most_in, most_out = reply.tokens_in, reply.tokens_out

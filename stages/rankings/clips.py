@@ -11,12 +11,12 @@ import math
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stages.engine.errors import Skip
+from stages.engine.manifest import Source
 from stages.rankings import prompt
 from stages.rankings.chat import OVERHEAD_TOKENS, Chat, Messages, Refused, allowance_of
 
@@ -48,7 +48,7 @@ def transcript_of(item: str) -> str:
     return json.loads(item)["transcript"]
 
 
-def load(path: Path, sampling: Sampling) -> tuple[list[bytes], np.ndarray | None]:
+def load(path: Source, sampling: Sampling) -> tuple[list[bytes], np.ndarray | None]:
     """JPEG frames and int16 samples at SAMPLE_RATE, either of which a clip may lack. Raises Skip where it has none."""
     from stages.media.audio import load_audio
     from stages.media.frames import sample_frames
@@ -89,7 +89,7 @@ def wav(samples: np.ndarray) -> bytes:
 class ClipChat(Chat):
     """A chat about clips. `paths`: where the clip of each item lies."""
 
-    def __init__(self, *arguments: Any, paths: Mapping[str, Path], sampling: Sampling, **options: Any):
+    def __init__(self, *arguments: Any, paths: Mapping[str, Source], sampling: Sampling, **options: Any):
         super().__init__(*arguments, **options)
         self._paths, self._sampling = paths, sampling
 

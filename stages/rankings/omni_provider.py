@@ -7,13 +7,13 @@ its prompt runs once, and the labels share its key-value cache as a batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, read_json, resolve
 from stages.engine.errors import PipelineError, Skip, one_line
+from stages.engine.manifest import Source
 from stages.rankings import clips, prompt
 from stages.rankings.cache import Answer
 from stages.rankings.transformers_provider import OPENING, encode_labels, mean_log_probability
@@ -37,7 +37,7 @@ class Omni:
         dtype: Dtype,
         device: str,
         sampling: clips.Sampling,
-        paths: Mapping[str, Path],
+        paths: Mapping[str, Source],
     ):
         import transformers
 

@@ -330,20 +330,23 @@ class Batches:
         response = line["response"] if isinstance(line.get("response"), dict) else {}
         status, body = response.get("status_code"), response.get("body")
         body = body if isinstance(body, dict) else {}
+        if status == 200 and body:
+            try:
+                return self.chat.read(body, allowance_of(job.fields), lambda: self._sent(transcript, job.fields))
+            except Fault as fault:
+                self._last_fault = str(fault)
+                return None
+        error = line.get("error") or body.get("error")
+        said = error.get("message") or error.get("code") if isinstance(error, dict) else error
+        self._last_fault = self.chat.clean(said or f"status {status}")
+        return Verdict(None, f"a refusal ({self._last_fault})", (0, 0), (0, 0)) if status in (400, 413, 422) else None
+
+    def _sent(self, transcript: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """The request as it was sent; without its messages where the clip is not there any more."""
         try:
-            if status == 200 and body:
-                return self.chat.read(body, allowance_of(job.fields), lambda: self._body(transcript, job.fields))
-            error = line.get("error") or body.get("error")
-            said = error.get("message") or error.get("code") if isinstance(error, dict) else error
-            said = self.chat.clean(said or f"status {status}")
-            if status in (400, 413, 422):
-                raise Refused(f"a refusal ({said})")
-        except Refused as refusal:
-            return Verdict(None, str(refusal), (0, 0), (0, 0))
-        except Fault as fault:
-            said = str(fault)
-        self._last_fault = said
-        return None
+            return self._body(transcript, fields)
+        except Refused:
+            return {"messages": []} | fields
 
     def _download(self, client: "openai.OpenAI", job: Job, file_id: str) -> list[dict[str, Any]]:
         import openai

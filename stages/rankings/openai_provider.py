@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 CONCURRENCY = 16
+SILENT = 2  # transcripts that could not be asked, of a server that has not answered one: it is down
 GIVE_UP_AFTER = 20  # transcripts in a row without a ranking: not they are at fault, but server or model
 
 
@@ -115,7 +116,7 @@ class OpenAI:
         self._replies: dict[str, int] = {}  # that are stored already, per transcript
         self._stop: str | None = None
         self._stopped, self._taught = asyncio.Event(), asyncio.Event()
-        self._failures_in_a_row = 0
+        self._failures_in_a_row, self._heard = 0, False
         self._unasked: list[str] = []  # why, for each transcript that never reached the model
 
     # ------------------------------------------------------------ the run
@@ -243,6 +244,8 @@ class OpenAI:
                 return str(refusal)
             except Fault as fault:
                 self._unasked.append(str(fault))
+                if len(self._unasked) == SILENT and not self._heard:
+                    self._end(f"no reply to {SILENT} transcripts and none to any before, the last for {fault}")
                 return str(fault)
             if verdict.ranking is not None:
                 return ""
@@ -318,7 +321,8 @@ class OpenAI:
             raise fault from None
         if (content := replies.decode(raw.content)) is None:
             raise Fault("a reply that is no JSON")
+        self._heard = True
         try:
             return self.chat.read(content, allowance_of(body), lambda: body)
-        except (Fault, Refused) as meaning:
-            raise _Unbilled(meaning) from None
+        except Fault as fault:
+            raise _Unbilled(fault) from None

@@ -6,23 +6,22 @@ An item is a transcript, or for a voice with `input: clip` what clips.item_of na
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
+from stages.engine.manifest import Source
 from stages.engine.params import Params, Rankings
 from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer, Cache, Question, giving_up
 from stages.rankings.clips import ClipChat, Sampling
 from stages.rankings.earlier import earlier_answers
 from stages.rankings.takeover import take_over
+from stages.rankings.voices import FIRST
 
 if TYPE_CHECKING:
     from stages.rankings.openai_batch import Batches
     from stages.rankings.openai_provider import OpenAI
-
-FIRST = "ranking"  # the voice that `rankings` itself describes, and its column in data/rankings.jsonl
 
 
 def voices(p: Params) -> dict[str, Params]:
@@ -32,7 +31,7 @@ def voices(p: Params) -> dict[str, Params]:
 
 
 def rank(
-    items: Sequence[str], p: Params, clips: Mapping[str, Path] | None = None, spent_elsewhere: float = 0.0
+    items: Sequence[str], p: Params, clips: Mapping[str, Source] | None = None, spent_elsewhere: float = 0.0
 ) -> dict[str, Answer]:
     """An answer to each of these distinct items, from the cache or else the provider.
 
@@ -107,7 +106,7 @@ def model_identity(rankings: Rankings) -> str:
     return "@".join(filter(None, [rankings.model, rankings.revision, digest, rankings.dtype]))
 
 
-def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Path]) -> "OpenAI | Batches":
+def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Source]) -> "OpenAI | Batches":
     """The openai provider, after a look at the model. Raises PipelineError without a key."""
     from stages.rankings.chat import Chat
     from stages.rankings.openai_batch import Batches
@@ -141,7 +140,7 @@ def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Path])
     return kind(chat, cache, price=prices(r), max_cost_usd=r.max_cost_usd, spent_usd=spent_usd)
 
 
-def transformers(p: Params, items: Sequence[str], cache: Cache, clips: Mapping[str, Path]) -> None:
+def transformers(p: Params, items: Sequence[str], cache: Cache, clips: Mapping[str, Source]) -> None:
     """Ask the local model, on this machine's device."""
     r = p.rankings
     options: dict[str, Any] = {"revision": r.revision, "dtype": r.dtype, "device": pick_device(p.runtime.device)}

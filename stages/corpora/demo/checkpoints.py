@@ -1,6 +1,6 @@
 """The demo's HuBERT and Baichuan checkpoints: the real architectures and file layouts, few and small layers.
 
-Weights are random but seeded, and scaled so that pooled features keep what tells clips apart: He-scaled
+Weights are random but seeded, and scaled so that pooled features still differ between clips: He-scaled
 convolutions whose taps share a sign pattern (speech lives in the low frequencies), transformer layers of
 scale 0.3 to 1. Same seed, same bytes.
 """

@@ -1,7 +1,7 @@
 """A miniature CLIP of the real architecture (open_clip, QuickGELU) with seeded random weights.
 
 Saved in open_clip's `local-dir:` layout and loaded like a published one. The weights are open_clip's own random
-initialisation, except where a random tower lacks what training gives a real one, so that a miniature of 64
+initialisation, except for three properties that training gives a real tower, so that a miniature of 64
 channels still tells expressions apart:
 - patch filters are zero-mean noise on luminance: contrast and shape, not the colour of the wall
 - filters and positions are mirror-symmetric: a face and its mirror image give the same feature

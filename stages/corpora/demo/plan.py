@@ -2,7 +2,7 @@
 
 Every modality expresses the clip's label only part of the time, and otherwise something that it is easily
 confused with; the three slips are independent. So one modality alone can't be right always, and all
-together can do better than each: that is what there is to learn.
+together can do better than each: that is what the fusion has to learn.
 """
 
 from collections.abc import Sequence

@@ -59,7 +59,7 @@ PORTRAITS = (
 )
 EYES = 84.0  # distance between the eyes in the drawn portrait, pixels: the face fills the frame
 # How much heads differ in size and place between clips, and move within one (pixels, degrees): little, because
-# random weights, unlike CLIP's, know no invariances
+# random weights, unlike CLIP's, are not invariant to it
 ZOOM, SHIFT, SWAY = (0.98, 1.04), 3.0, 2.0
 BACKGROUND = (70, 180)  # darkest and brightest value
 
@@ -168,7 +168,7 @@ def background(rng: np.random.Generator) -> np.ndarray:
 def animate(emotion: str, loudness: np.ndarray, rng: np.random.Generator, with_face: bool = True) -> list[np.ndarray]:
     """Frames RGB uint8 (HEIGHT, WIDTH, 3), one per entry of loudness (0..1), which opens the mouth.
 
-    The expression rises, holds and wavers; the head moves; crop, mirror and light differ by clip.
+    The expression's intensity rises, stays and varies; the head moves; crop, mirror and light differ by clip.
     """
     count = len(loudness)
     scenery = background(rng)

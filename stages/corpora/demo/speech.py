@@ -43,8 +43,8 @@ MANNERS = {
 def say(text: str, voice: str, manner: Manner) -> np.ndarray:
     """int16 samples at RATE. Raises RuntimeError if the library refuses.
 
-    The library is loaded anew for each utterance: it never resets the phases of its oscillators, and draws breath
-    and flutter from random numbers seeded by the clock. So the same text gives the same samples.
+    The library is loaded anew for each utterance: it never resets the phases of its oscillators, and adds noise
+    and jitter from random numbers seeded by the clock. So the same text gives the same samples.
     """
     import espeakng_loader
 

@@ -1,29 +1,13 @@
 """How often each voice of the rankings agrees with the labels, with the ensemble and with the other voices."""
 
-import json
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.evaluation.artefacts import Run, read_text
-
-PATH = Path("data/rankings.jsonl")
-FIRST = "ranking"  # the column of the voice that `rankings` itself describes
-
-
-def read_voices(path: Path = PATH) -> dict[str, dict[str, list[str]]]:
-    """Voice -> clip id -> its labels, most likely first; clips without a ranking are missing. {} without the file."""
-    found: dict[str, dict[str, list[str]]] = {}
-    rows = [json.loads(line) for line in read_text(path).splitlines()] if path.exists() else []
-    for row in rows:
-        for voice, cell in {FIRST: row, **row.get("voices", {})}.items():
-            clips = found.setdefault(voice, {})
-            if cell["ranking"] is not None:
-                clips |= dict.fromkeys(row["clip_ids"], cell["ranking"])
-    return found
+from stages.evaluation.artefacts import Run
+from stages.rankings.voices import read_voices
 
 
 def agreement(run: Run, predictions: pd.DataFrame) -> list[dict[str, Any]]:
