@@ -22,13 +22,9 @@ from stages.engine.params import Params, load
 from stages.engine.plan import left_out
 from stages.rankings.cache import FOLDER, Answer, Cache
 from stages.rankings.clips import item_of
-<<<<<<< HEAD
 from stages.rankings.earlier import earlier_answers
-from stages.rankings.providers import FIRST, question, rank, spent, unanswered, voices
-=======
-from stages.rankings.providers import question, rank, spent, voices
+from stages.rankings.providers import question, rank, spent, unanswered, voices
 from stages.rankings.voices import FIRST
->>>>>>> rankings
 
 OUT = Path("data/rankings.jsonl")
 REASONS_SHOWN = 3
