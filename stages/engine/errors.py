@@ -40,7 +40,8 @@ class Skip(Exception):
 # Reasons of clips that lack something by nature: nothing is wrong with them, and no clip of a kind is too many
 NO_FILE, NO_TRANSCRIPT = "no media file", "no transcript"
 NO_STREAM = {"audio": "no audio stream", "video": "no video stream"}
-LACKING = {NO_FILE, NO_TRANSCRIPT, *NO_STREAM.values()}
+NO_KNOWN_WORD = "no word that the lexicon knows"
+LACKING = {NO_FILE, NO_TRANSCRIPT, f"no ranking: {NO_KNOWN_WORD}", *NO_STREAM.values()}
 
 
 class Died(Skip):
