@@ -67,7 +67,7 @@ class Workers:
     def _replace_pool(self) -> None:
         self._replaced += 1
         if self._replaced > ATTEMPTS:
-            ended(1)
+            raise PipelineError(NO_WORKERS)
         self.close()
         self._begin_pool()
 
@@ -87,6 +87,8 @@ class Workers:
             except Skip as skip:
                 yield skip
             except ProcessExpired as error:
+                if error.exitcode >= 0:  # by itself: an import that failed, or what the clip made a library do
+                    self._require_workers()
                 yield Died(ended(error.exitcode))
             except (OSError, MemoryError) as error:
                 if isinstance(error, TimeoutError) and not isinstance(error.errno, int):  # pebble's own
@@ -96,6 +98,14 @@ class Workers:
                 else:
                     raise
             self._replaced = 0
+
+    def _require_workers(self) -> None:
+        from pebble import ProcessExpired
+
+        try:
+            self._pool.schedule(_nothing).result()
+        except ProcessExpired:
+            raise PipelineError(NO_WORKERS) from None
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""
@@ -107,13 +117,20 @@ def _patiently(function: Callable[..., Any], *arguments: Any) -> Any:
     return insist(lambda: function(*arguments))
 
 
+def _nothing() -> None:
+    """What a worker that can begin at all can do."""
+
+
 def ended(exit_code: int) -> str:
-    """Why a worker that died did so. Raises PipelineError where it ended by itself: then no clip is the cause."""
+    """Why a worker that died did so."""
     if exit_code >= 0:
-        raise PipelineError(f"a decoding process ended with exit code {exit_code} before it could work (out of memory, "
-                            f"or too many open files: ulimit -n); finished shards are kept, run dvc repro again")
+        return f"the decoder ended its process with exit code {exit_code}"
     try:
         name = signal.Signals(-exit_code).name
     except ValueError:
         name = f"signal {-exit_code}"
     return f"the decoder crashed ({name}{', as when memory runs out' if name == 'SIGKILL' else ''})"
+
+
+NO_WORKERS = ("decoding processes end before they can work (out of memory, or too many open files: ulimit -n); "
+              "finished shards are kept, run dvc repro again")
