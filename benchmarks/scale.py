@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 from ruamel.yaml import YAML
 
+from stages.corpora.duplicates import COLUMNS as DUPLICATES
 from stages.engine.extraction import write_store
 from stages.engine.files import write_rows
 from stages.engine.fingerprint import PARTS
@@ -261,6 +262,7 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     write_manifest(clips, folder / "data/manifest.csv")
     write_rows(folder / "data/raw/clips.csv", ["path", "split", "label"], [(c.path, c.split, c.label) for c in clips])
     write_rows(folder / "data/truth.csv", ["clip_id", "label"], truth)
+    write_rows(folder / "data/duplicates.csv", DUPLICATES, [])
     write_rows(folder / "data/transcripts.csv", ["clip_id", "transcript", "source"],
                [(c.clip_id, c.transcript, "corpus") for c in clips])
     (folder / "data/rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))

@@ -87,7 +87,7 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
         (remove("reports/metrics.json"), "reports/metrics.json: not found; .* dvc repro"),
         (remove("models/self_training"), "no trained models; make them with: dvc repro self_train"),
         (lambda: Path("models/emovclip/trained.json").write_text("{}"), "modality emovclip: what its encoder loads "
-         r"\(models/demo/clip, models/emovclip\) changed since the models .* were trained; run dvc repro"),
+         r"\(models/demo/clip, models/emovclip\) is gone or changed since the models .* were trained; run dvc repro"),
         (lambda: Path("reports/metrics.json").write_text('{"seeds": 9, "folds": 3}'), "of 3 folds x 9 seeds, but"),
     ],
 )

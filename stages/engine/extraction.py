@@ -14,6 +14,7 @@ computes its share of the shards only.
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from stages.engine.store import Head, HeadRow, read_head, write_empty, write_ind
 from stages.engine.work import Input, Shard, Target, Work, part_fingerprint, plan
 
 REASONS_SHOWN = 10
+LEFT_BEHIND_SECONDS = 3600
 MIXED = ("device", "versions")  # attributes that should be the same in all shards of a store
 
 
@@ -45,6 +47,7 @@ def write_store(
         leave_empty(target.stage, target.out, "no clip has what it is made from")
         return
     shards = plan(target, inputs, params.corpus.shard_size)
+    _sweep(PARTS / target.stage / target.fingerprint)
     heads = {shard.part: head for shard in shards if (head := _head_if_done(shard, target)) is not None}
     todo = [shard for shard in shards if shard.part not in heads]
     rank, ranks = _rank()
@@ -77,6 +80,13 @@ def leave_empty(stage: str, out: Path, reason: str) -> None:
     """An empty store, and the line that says why."""
     write_empty(out, reason)
     print(f"{stage}: {out} stays empty: {reason}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the half-written files of kills; young ones may be another rank's or node's, at work."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > LEFT_BEHIND_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _rank() -> tuple[int, int]:

@@ -72,7 +72,7 @@ def check_learned(name: str, row: Extractor, learned: Mapping[str, Any]) -> None
             raise PipelineError(f"modality {name}: {what} changed since the models in {ENSEMBLE} were trained; run dvc "
                                 f"repro")
 
-    check(f"what its encoder loads ({', '.join(row.loads.values())})", "loaded", loaded_digest(row).hex())
+    check(f"what its encoder loads ({', '.join(row.loads.values())}) is gone or", "loaded", loaded_digest(row).hex())
     features, source = Path("features") / name, DATA / row.input
     if features.exists():
         check(str(features), "digest", read_index(features)["digest"])
