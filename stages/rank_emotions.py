@@ -9,12 +9,13 @@ them than corpus.max_bad_fraction stop the stage, and so does every transcript t
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.engine.errors import PipelineError, run_stage
+from stages.engine.errors import NO_KNOWN_WORD, PipelineError, run_stage
 from stages.engine.files import replacing
 from stages.engine.manifest import Source, read_manifest, read_transcripts, source_of
 from stages.engine.params import Params, load
@@ -73,7 +74,17 @@ def ask(rows: list[Row], p: Params) -> dict[str, dict[str, Answer]]:
 
 
 def check_failures(answers: Mapping[str, Answer], p: Params, voice: str = "") -> None:
-    """Report what got no valid ranking. Raises PipelineError if it is more than corpus.max_bad_fraction."""
+    """Report what got no valid ranking. Raises PipelineError if it is more than corpus.max_bad_fraction of those in a
+    language that the provider knows, or if none is in one."""
+    unknown = [answer for answer in answers.values() if answer.reason == NO_KNOWN_WORD]
+    if unknown:
+        shown = ", ".join(repr(answer.transcript) for answer in unknown[:REASONS_SHOWN])
+        text = f"{voice}the Chinese lexicon knows no word of {len(unknown)} of {len(answers)} transcripts ({shown})"
+        if len(unknown) == len(answers):
+            raise PipelineError(f"{text}; for another language set rankings.provider to openai or transformers, or "
+                                f"let the row of extractors read transcripts.csv")
+        print(f"warning: rank_emotions: {text}: they count as without a ranking", file=sys.stderr)
+    answers = {item: answer for item, answer in answers.items() if answer.reason != NO_KNOWN_WORD}
     failed = [answer for answer in answers.values() if answer.ranking is None]
     if not failed:
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stages.engine.errors import PipelineError
+from stages.engine.errors import NO_KNOWN_WORD, PipelineError
 from stages.engine.params import load
 from stages.rankings import providers
 from stages.rankings.cache import Answer
@@ -77,9 +77,46 @@ def test_ties_follow_the_label_order() -> None:
     assert Lexicon("DUTIR", ["surprise", "neutral"]).ranking("一") == ["neutral", "surprise"]
 
 
-def test_labels_that_the_lexicon_has_no_words_for_are_refused() -> None:
-    with pytest.raises(PipelineError, match="corpus.labels: found disgust, .*lexicon"):
-        Lexicon("DUTIR", [*LABELS, "disgust"])
+@pytest.mark.parametrize(("labels", "transcript", "first", "unknown"), [
+    ([*LABELS, "disgust"], "我很高兴", "happiness", ""),
+    (["neutral", "anger", "happiness", "sadness", "fear", "disgust", "boredom"], "怎么办，我很担心", "fear", "boredom"),
+    (["negative", "neutral", "positive"], "太好了，我很开心", "positive", ""),
+    (["negative", "neutral", "positive"], "我恨你，气死我了", "negative", ""),
+    (["negative", "neutral", "positive"], "现在是三月", "neutral", ""),
+    (["Anger", "Joy"], "我很高兴", "Joy", ""),
+    (["contempt", "calm", "sadness"], "我想哭", "sadness", "contempt, calm"),
+    ([f"class {i}" for i in range(40)] + ["surprise"], "没想到", "surprise", "class 0, class 1"),
+])
+def test_label_sets_of_any_size(labels: list[str], transcript: str, first: str, unknown: str,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    ranking = Lexicon("DUTIR", labels).ranking(transcript)
+    assert ranking[0] == first and sorted(ranking) == sorted(labels)
+    said = capsys.readouterr().err
+    assert (f"has no words for {unknown}" in said and said.count("\n") == 1) if unknown else not said
+
+
+@pytest.mark.parametrize(("transcript", "known"), [
+    ("I am so happy and delighted today", False),
+    ("Ich bin so traurig", False),
+    ("Мне очень грустно", False),
+    ("너무 슬퍼요", False),
+    ("OK, 123 !?", False),
+    ("……", False),
+    ("现在是三月", True),
+    ("我很高兴", True),
+    ("嗯", True),
+    ("这个 OK 吗", True),
+])
+def test_a_text_without_a_chinese_word_gets_no_ranking(lexicon: Lexicon, transcript: str, known: bool) -> None:
+    answers: list[Answer] = []
+    lexicon.rank([transcript], answers.extend)
+    assert (answers[0].ranking is not None) is known
+    assert answers[0].reason == ("" if known else NO_KNOWN_WORD)
+
+
+def test_a_model_or_labels_that_the_lexicon_does_not_know_are_refused() -> None:
+    with pytest.raises(PipelineError, match="corpus.labels: found boredom, calm, none of which .*lexicon"):
+        Lexicon("DUTIR", ["boredom", "calm"])
     with pytest.raises(PipelineError, match="rankings.model: found 'HowNet'"):
         Lexicon("HowNet", LABELS)
 

