@@ -94,10 +94,10 @@ def test_the_dag_is_one_connected_graph_of_every_stage(repository: Repository) -
     edges = [tuple(part.strip(' ";') for part in line.split("->")) for line in dot.splitlines() if "->" in line]
     listed = {line.split()[0] for line in repository.run("dvc", "stage", "list").splitlines()}
     designed = {"corpus", "split_folds", "extract_audio", "transcribe", "slice_frames", "crop_faces", "rank_emotions",
-                "extract@hubert", "extract@clip", "extract@baichuan", "train_emovclip", "extract@emovclip",
+                "extract@hubert", "extract@clip", "plan", "extract@baichuan", "train_emovclip", "extract@emovclip",
                 "train_fusion", "self_train", "evaluate"}
     assert designed <= listed
-    reached = {"demo"}
+    reached = {"plan"}
     for _ in listed:
         reached |= {node for edge in edges if reached & set(edge) for node in edge}
     assert reached == listed
@@ -197,7 +197,7 @@ def test_modality_dropout_reruns_the_fusion_alone_and_changes_the_waf(repository
 def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(repository: Repository) -> None:
     before = repository.metrics(), (repository.folder / "params.yaml").read_bytes()
     output = repository.run("python", "-m", "stages.commands.tables", "hubert", "p30")
-    assert repository.stages_run(output) == ["gather_features", *EVALUATION]  # p = 0.3 is what the workspace holds
+    assert repository.stages_run(output) == ["plan", "gather_features", *EVALUATION]  # p = 0.3 is there
     assert "tables-hubert-" in repository.run("dvc", "exp", "list")
     rows = {line.split(" | ")[0]: line for line in (repository.folder / "reports/tables.md").read_text().splitlines()}
     assert rows["| HuBERT"].count(" ± ") == 3 and rows["| p = 0.3"].count(" ± ") == 3 and "not run" in rows["| CLIP"]
@@ -220,7 +220,7 @@ def test_a_killed_row_does_not_cost_the_users_params(repository: Repository) -> 
 def test_layers_rerun_hubert_and_what_follows_and_going_back_is_free(repository: Repository) -> None:
     before = repository.contents("features/hubert")
     output = repository.run("dvc", "exp", "run", "-S", "extractors.hubert.layers=[-1]")
-    assert repository.stages_run(output) == ["extract@hubert", "gather_features", *EVALUATION]
+    assert repository.stages_run(output) == ["plan", "extract@hubert", "gather_features", *EVALUATION]
     assert repository.contents("features/hubert") != before
     output = repository.run("dvc", "exp", "run", "-S", "extractors.hubert.layers=[-4,-3,-2,-1]")
     assert repository.stages_run(output) == []
@@ -248,7 +248,7 @@ def test_a_truth_that_changes_is_read_again(repository: Repository) -> None:
     kept = repository.folder / "data/truth/truth.csv"
     shutil.copyfile(repository.folder / "data/demo/truth.csv", kept)
     repository.set("corpus.truth", "data/truth/truth.csv")
-    assert repository.stages_run(repository.run("dvc", "repro")) == ["corpus"]
+    assert repository.stages_run(repository.run("dvc", "repro")) == ["plan", "corpus"]
     before = repository.metrics()
     swapped = {"angry": "happy", "happy": "angry"}
     rows = [line.split(",") for line in kept.read_text().splitlines()]
@@ -284,7 +284,7 @@ def test_a_new_row_adds_one_extractor_and_leaves_the_fusion_alone(repository: Re
     repository.set("extractors.hubert_base", {**row, "checkpoint": "models/demo/hubert_base"})
     output = repository.run("dvc", "repro")
     # gather_features looks again at features/ and finds what it uses unchanged
-    assert repository.stages_run(output) == ["extract@hubert_base", "gather_features"]
+    assert repository.stages_run(output) == ["plan", "extract@hubert_base", "gather_features"]
     assert (repository.folder / "features/hubert_base/shard-00000.h5").exists()
     repository.run("git", "checkout", "params.yaml", "dvc.lock")
     shutil.rmtree(repository.folder / "features/hubert_base")
@@ -377,4 +377,4 @@ def test_the_preset_without_its_corpus_says_where_it_must_lie(tmp_path: Path) ->
     assert time.monotonic() - start < 30
     assert "error: corpus.path: found no folder data/mer2024" in output
     assert "video-labeled/" in output and "Traceback" not in output
-    assert repository.stages_run(output) == ["demo"]
+    assert repository.stages_run(output) == ["plan"]

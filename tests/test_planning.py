@@ -65,6 +65,26 @@ def test_a_further_modality_changes_the_files_that_it_needs_alone(folder: Path) 
         assert {name for name in after if after[name] != before[name]} == changed, added
 
 
+def test_what_was_made_for_this_corpus_stays_made(folder: Path) -> None:
+    p = change(fusion__modalities=["acoustic"])
+    outs: dict[str, dict[str, Any]] = {
+        "crop_faces": {"nfiles": 3, "size": 9000}, "slice_frames": {"nfiles": 1, "size": 90},  # the latter is empty
+        "train_emovclip": {"nfiles": 1, "size": 30}, "rank_emotions": {"size": 5000},
+    }
+    stages = {name: {"outs": [out]} for name, out in outs.items()}
+
+    def made(adapter: str = "csv", path: str = "corpus", p: Params = p) -> set[str]:
+        corpus = {"deps": [{"path": path}], "params": {"params.yaml": {"corpus.adapter": adapter}}}
+        Path("dvc.lock").write_text(json.dumps({"stages": stages | {"corpus": corpus}}))
+        return {name for name, reason in left_out(p).items() if reason is None}
+
+    assert made() == {"corpus", "audio", "faces", "rankings.jsonl"}
+    assert made("demo") == made(path="elsewhere") == {"corpus", "audio"}
+    assert made(p=change(rankings__provider="openai")) == {"corpus", "audio", "faces"}  # nothing is paid for in vain
+    outs["rank_emotions"]["size"] = 150
+    assert made() == {"corpus", "audio", "faces"}
+
+
 @pytest.mark.parametrize(("row", "values", "reason"), [
     ("acoustic", {}, None),
     ("hubert", {}, "models/demo/hubert is missing: of the demo"),

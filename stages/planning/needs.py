@@ -1,17 +1,45 @@
-"""What of the pipeline fusion.modalities needs."""
+"""What of the pipeline fusion.modalities needs, or has needed before on this corpus.
+
+What dvc.lock knows as made for this corpus stays made: an ablation that drops a modality throws nothing away.
+"""
 
 from pathlib import Path
 
 from stages.engine.inputs import TEXTS
-from stages.engine.params import Params
+from stages.engine.params import Params, read_yaml
 
 PROMPTS = "models/emovclip"  # what train_emovclip writes
 MEDIA = ("audio", "frames", "faces")
+MAKERS = {"audio": "extract_audio", "frames": "slice_frames", "faces": "crop_faces", "emovclip": "train_emovclip",
+          "rankings.jsonl": "rank_emotions"}
+EMPTY_BYTES = 400  # a rankings.jsonl that ranks nothing has fewer, one of a corpus more
+RECOGNISED = Path(".cache/transcripts")  # of transcribe
 
 
 def media_read(p: Params) -> set[str]:
     """What the rows that fusion.modalities names take as input."""
     return {p.extractors[name].input for name in p.fusion.modalities}
+
+
+def trains_prompts(p: Params) -> bool:
+    """Whether a row that fusion.modalities names loads what train_emovclip makes."""
+    return any(PROMPTS in p.extractors[name].loads.values() for name in p.fusion.modalities)
+
+
+def made_before(p: Params) -> set[str]:
+    """Names in data/plan of what dvc.lock knows as made, and not empty, for this very corpus. Rankings that cost money
+    are not among them: those are asked for where they are needed alone."""
+    stages = read_yaml("dvc.lock").get("stages", {}) if Path("dvc.lock").exists() else {}
+    corpus = stages.get("corpus", {})
+    adapter = corpus.get("params", {}).get("params.yaml", {}).get("corpus.adapter")
+    if adapter != p.corpus.adapter or p.corpus.path not in [dep["path"] for dep in corpus.get("deps", [])]:
+        return set()
+    outs = {name: stages.get(stage, {}).get("outs", []) for name, stage in MAKERS.items()}
+    made = {name for name, found in outs.items() if any(out.get("nfiles", 0) > 1 for out in found)}
+    voices = [p.rankings, *map(p.rankings.voice, p.rankings.providers)]
+    if all(r.provider == "lexicon" for r in voices):
+        made |= {"rankings.jsonl" for out in outs["rankings.jsonl"] if out["size"] > EMPTY_BYTES}
+    return made | ({"transcripts.csv"} if RECOGNISED.exists() else set())
 
 
 def made_here(p: Params, folder: str) -> bool:
@@ -24,14 +52,14 @@ def left_out(p: Params) -> dict[str, str | None]:
 
     The reasons do not depend on what else fusion.modalities names: an unchanged file reruns nothing.
     """
-    read = media_read(p)
+    read, before = media_read(p), made_before(p)
     hears = bool(read & set(TEXTS)) and p.transcribe.checkpoint is not None  # speech recognition needs the sound
-    left: dict[str, str | None] = {"corpus": None}
-    for medium in MEDIA:
-        wanted = medium in read or (medium == "audio" and hears)
-        left[medium] = None if wanted else f"no row of fusion.modalities reads data/{medium}"
-    left["transcripts.csv"] = None if read & set(TEXTS) else "no row of fusion.modalities reads words"
-    left["rankings.jsonl"] = None if "rankings.jsonl" in read else "no row of fusion.modalities reads rankings"
-    loads = {folder for name in p.fusion.modalities for folder in p.extractors[name].loads.values()}
-    left["emovclip"] = None if PROMPTS in loads else f"no row of fusion.modalities loads {PROMPTS}"
-    return left
+    reasons = {medium: f"no row of fusion.modalities reads data/{medium}" for medium in MEDIA} | {
+        "transcripts.csv": "no row of fusion.modalities reads words",
+        "rankings.jsonl": "no row of fusion.modalities reads rankings",
+        "emovclip": f"no row of fusion.modalities loads {PROMPTS}",
+    }
+    wanted = read | before | ({"audio"} if hears else set()) | ({"emovclip"} if trains_prompts(p) else set())
+    if read & set(TEXTS):
+        wanted.add("transcripts.csv")
+    return {"corpus": None} | {name: None if name in wanted else reason for name, reason in reasons.items()}

@@ -14,7 +14,7 @@ from stages.engine.errors import PipelineError, one_line
 from stages.engine.fingerprint import checkpoint_files
 from stages.engine.inputs import TEXTS
 from stages.engine.params import Params
-from stages.planning.needs import PROMPTS, left_out, made_here, media_read
+from stages.planning.needs import PROMPTS, left_out, made_here, media_read, trains_prompts
 
 WEIGHTS = {".safetensors", ".bin"}
 LAYOUTS = {
@@ -55,7 +55,7 @@ def _checkpoints(p: Params) -> Iterator[str]:
     for name in p.fusion.modalities:
         row = p.extractors[name]
         needed |= {f"extractors.{name}.{key}": (found, row.options.get("revision")) for key, found in row.loads.items()}
-    if left_out(p)["emovclip"] is None:
+    if trains_prompts(p):
         needed["emovclip.checkpoint"] = p.emovclip.checkpoint, p.emovclip.revision
     if media_read(p) & set(TEXTS) and p.transcribe.checkpoint:
         needed["transcribe.checkpoint"] = p.transcribe.checkpoint, p.transcribe.revision
