@@ -1,5 +1,7 @@
 """`mer repro`: DVC itself runs small stages, two at a time where they may, to what a plain `dvc repro` gives."""
 
+import importlib
+import logging
 import os
 import pathlib
 import shutil
@@ -75,6 +77,8 @@ def gone(pid: int) -> bool:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    importlib.import_module("dvc")  # its handlers write to what was stderr then: capsys' of a test that has ended
+    monkeypatch.setattr(logging.getLogger("dvc"), "handlers", [])
     return tmp_path
 
 
