@@ -15,12 +15,16 @@ from test_transcribe import make_ctc, make_whisper, speech
 from stages.corpora.demo.speech import RATE, speak
 from stages.encoders.asr_times import PAD_SECONDS, Config, TimedRecognizer
 from stages.engine.errors import PipelineError, Skip
-from stages.engine.manifest import Segment
+from stages.engine.files import write_rows
+from stages.engine.manifest import Clip, Segment, write_manifest
+from stages.engine.params import load
 from stages.inference.clips import digest_of, name_of
 from stages.inference.predictor import Prediction
 from stages.inference.recordings import even, voices
 from stages.inference.timeline import clock, recordings, render_timeline
-from stages.rankings.clips import wav
+from stages.rank_emotions import read_work
+from stages.rankings.clips import Sampling, wav
+from stages.rankings.clips import load as load_clip
 
 SENTENCES = ["我今天很高兴，因为你来了。", "你为什么不告诉我？"]
 QUIET = 2.0  # seconds before, between and after the sentences
@@ -120,6 +124,22 @@ def test_segments_are_told_apart(tmp_path: Path) -> None:
     pieces = [Segment(path, 0, 1.5), Segment(path, 1.5, 3), Segment(path, 3, None), tmp_path / "a.wav"]
     assert len({name_of(piece) for piece in pieces}) == len({digest_of(piece) for piece in pieces}) == 4
     assert name_of(pieces[0]) == f"{path} 0.000-1.500 s"
+
+
+def test_a_ranking_voice_that_hears_clips_gets_the_segment_not_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = load()
+    p = p.model_copy(update={"rankings": p.rankings.model_copy(update={"input": "clip"}),
+                             "corpus": p.corpus.model_copy(update={"path": str(tmp_path)})})
+    monkeypatch.chdir(tmp_path)
+    Path("a.wav").write_bytes(wav(speech(4.0, rate=16_000)))
+    write_manifest([Clip("a", "a.wav", "test", "", "我", "", 1.5, 1, "00", 1.0, 2.5)])
+    write_rows("data/transcripts.csv", ["clip_id", "transcript"], [("a", "我")])
+    (row,) = read_work([p])
+    assert row.path == Segment(f"{tmp_path}/a.wav", 1.0, 2.5)
+    _, sound = load_clip(row.path, Sampling(2, 64, 20))
+    assert sound is not None and len(sound) == 24_000
 
 
 # ---------------------------------------------------------------- the command
