@@ -35,7 +35,8 @@ def recognize(clip_ids: Sequence[str], p: Params) -> dict[str, str]:
     work = recognise_work(p.transcribe, StoreReader(AUDIO), p.runtime)
     fingerprint = stage_fingerprint("transcribe", checkpoint_digest(options["checkpoint"]))
     target = Target("transcribe", RECOGNIZED, "text", {"extractor": "transcribe", **options}, fingerprint)
-    write_store(target, inputs, work, p, stage_devices(p.runtime))
+    if not write_store(target, inputs, work, p, stage_devices(p.runtime)):
+        raise SystemExit(0)
     texts = Store(RECOGNIZED)
     return {c: texts.read(c) for c, present in zip(texts.clip_ids, texts.present, strict=True) if present}
 

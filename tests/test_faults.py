@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from engine import ROOT, inputs, small_shards, target
 from media_files import write_small_clip
+from ruamel.yaml import YAML
 
 from stages.commands import repair
 from stages.engine import errors
-from stages.engine.errors import Died, PipelineError, Skip, run_stage
+from stages.engine.errors import PipelineError, Skip, run_stage
 from stages.engine.extraction import write_store
 from stages.engine.fingerprint import stage_fingerprint
 from stages.engine.manifest import Clip, write_manifest
@@ -26,6 +29,8 @@ from stages.engine.params import Params, load, read_yaml
 from stages.engine.per_clip import PerClip
 from stages.engine.store import Row, Store, read_head
 from stages.engine.work import part_fingerprint, plan
+from stages.media import clip as clip_module
+from stages.media.audio import load_audio
 from stages.media.clip import Reader, open_clip
 
 MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_faces": "data/faces"}
@@ -35,7 +40,7 @@ MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_fac
 def p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     """Params with shards of four clips, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(errors, "FIRST_WAIT", 0.05)
+    YAML().dump({"stages": {"some_stage": {"cmd": "true", "outs": ["out/some_stage"]}}}, tmp_path / "dvc.yaml")
     return small_shards(tmp_path)
 
 
@@ -52,6 +57,20 @@ def unlucky(clip_id: str, item: int, victim: str, deaths: int, how: str) -> Row:
         if how == "hangs":
             time.sleep(60)
         os.kill(os.getpid(), signal.SIGKILL)
+    return Row(clip_id, values=np.full(3, item, np.int16))
+
+
+def doomed(clip_id: str, item: int, deaths: int) -> Row:
+    """Every clip's decoder is ended from outside in its first `deaths` attempts."""
+    if tries(clip_id) < deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Row(clip_id, values=np.full(3, item, np.int16))
+
+
+def exits(clip_id: str, item: int, code: int) -> Row:
+    """What a clip may make a library do: end the process."""
+    if clip_id == "c05":
+        os._exit(code)
     return Row(clip_id, values=np.full(3, item, np.int16))
 
 
@@ -93,6 +112,31 @@ def test_a_worker_killed_twice_is_the_clips_fault_and_may_be_tried_again(
     assert Store("out/some_stage").present.all()
 
 
+def test_too_many_dead_decoders_stop_the_stage_and_the_named_command_lets_them_be_tried_again(
+    p: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage never got as far as its out, and DVC knows nothing of it yet."""
+    function = partial(doomed, deaths=2)
+    with pytest.raises(PipelineError, match=r"mer repair --retry out/some_stage.* lets 6 of them"):
+        write_store(target(kind="audio"), inputs(6), media_work(function), p, ["cpu"])
+    assert not Path("out").exists()
+    with pytest.raises(PipelineError, match="6 of 6 clips can't be used"):  # nothing is tried again by itself
+        write_store(target(kind="audio"), inputs(6), media_work(function), p, ["cpu"])
+    monkeypatch.setattr(repair, "cache_folder", lambda: Path("no-cache"))
+    repair.main(["--retry", "out/some_stage"])
+    assert "with clips whose decoder died" in capsys.readouterr().out
+    write_store(target(kind="audio"), inputs(6), media_work(function), p, ["cpu"])
+    assert Store("out/some_stage").present.all()
+
+
+@pytest.mark.parametrize("code", [1, 255])
+def test_a_clip_that_ends_its_process_costs_itself_alone(p: Params, code: int) -> None:
+    write_store(target(kind="audio"), inputs(12), media_work(partial(exits, code=code)), p, ["cpu"])
+    store = Store("out/some_stage")
+    assert np.flatnonzero(~store.present).tolist() == [5]
+    assert store.reasons[5] == f"the decoder ended its process with exit code {code}"
+
+
 def test_a_time_out_is_recorded_and_tried_again_with_a_larger_limit(p: Params) -> None:
     function = partial(unlucky, victim="c05", deaths=2, how="hangs")
     write_store(target(kind="audio"), inputs(8), media_work(function, timeout=2), p, ["cpu"])
@@ -106,7 +150,7 @@ def test_a_time_out_is_recorded_and_tried_again_with_a_larger_limit(p: Params) -
     assert Store("out/some_stage").present.all()
 
 
-FAULTS = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOMEM, 0]
+FAULTS = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOENT, errno.ENOTCONN, 0]
 
 
 @pytest.mark.parametrize("number", FAULTS, ids=lambda number: errno.errorcode.get(number, "MemoryError"))
@@ -172,6 +216,59 @@ def test_one_clip_that_is_away_stops_the_stage_and_the_others_are_kept(corpus: P
     assert Store("data/audio").present.all()
 
 
+@pytest.mark.parametrize("error", [av.error.PermissionError, av.error.FileNotFoundError, av.error.OSError])
+@pytest.mark.parametrize("where", ["opening", "reading"])
+def test_what_ffmpeg_could_not_read_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError], where: str
+) -> None:
+    """FFmpeg fails once, and the file reads well a moment later: neither a Skip nor half of the sound."""
+    write_small_clip(tmp_path / "a.mp4", 1.0)
+    whole, note = load_audio(tmp_path / "a.mp4", 16000)
+    assert not note
+    failed = []
+
+    def fail_once(*arguments: object, **options: object) -> Iterator[object]:
+        if not failed:
+            failed.append(True)
+            number = {av.error.PermissionError: errno.EACCES, av.error.FileNotFoundError: errno.ENOENT}.get(error)
+            raise error(number or errno.EIO, os.strerror(number or errno.EIO))
+        return original(*arguments, **options)
+
+    if where == "opening":
+        original = clip_module.av.open
+        monkeypatch.setattr(clip_module.av, "open", fail_once)
+    else:
+        original = Reader.packets
+
+        def packets(reader: Reader) -> Iterator[object]:
+            for number, packet in enumerate(original(reader)):
+                if number == 3 and not failed:
+                    failed.append(True)
+                    reader._count(error(errno.EIO, os.strerror(errno.EIO)))  # as its own except clause does
+                    return
+                yield packet
+
+        monkeypatch.setattr(Reader, "packets", packets)
+    samples, note = errors.insist(lambda: load_audio(tmp_path / "a.mp4", 16000))
+    assert failed and not note and np.array_equal(samples, whole)
+
+
+def test_an_error_that_stays_while_the_file_reads_well_is_the_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small_clip(tmp_path / "a.mp4", 1.0)
+    tried = []
+
+    def fail(*_: object, **__: object) -> None:
+        tried.append(True)
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(clip_module.av, "open", fail)
+    with pytest.raises(Skip, match="can't be opened: Input/output error"):
+        errors.insist(lambda: load_audio(tmp_path / "a.mp4", 16000))
+    assert len(tried) >= errors.ATTEMPTS
+
+
 def test_a_damaged_clip_is_still_its_own_fault(tmp_path: Path) -> None:
     write_small_clip(tmp_path / "a.mp4", 0.5)
     content = bytearray((tmp_path / "a.mp4").read_bytes())
@@ -184,10 +281,6 @@ def test_a_damaged_clip_is_still_its_own_fault(tmp_path: Path) -> None:
         list(reader.frames())
     with pytest.raises(FileNotFoundError):
         open_clip(tmp_path / "nowhere.mp4")
-
-
-def test_a_decoder_that_dies_is_told_from_one_that_refuses() -> None:
-    assert issubclass(Died, Skip)
 
 
 # ---------------------------------------------------------------- locks
@@ -258,9 +351,14 @@ def test_ranks_share_the_work_and_a_plain_run_puts_it_together(
     assert done == [number % 2 == 1 for number in range(len(shards))] and not Path("out").exists()
     assert "rank 1 of 2" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "0")
-    write_store(target(kind="audio"), inputs(30), media_work(function), p, ["cpu"])
+    assert not write_store(target(kind="audio"), inputs(30), media_work(function), p, ["cpu"])
+    assert all(shard.part.exists() for shard in shards) and not Path("out").exists()  # ranks never put it together
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert write_store(target(kind="audio"), inputs(30), media_work(function), p, ["cpu"])
     assert Store("out/some_stage").clip_ids == [clip.clip_id for clip in inputs(30)]
     monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineError, match=r"RANK, WORLD_SIZE: found '2', '2'"):
         write_store(target(kind="audio"), inputs(30), media_work(function), p, ["cpu"])
 

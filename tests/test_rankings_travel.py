@@ -12,7 +12,7 @@ import pytest
 from chat_server import KEY, TOKENS_IN, Server, ranking_of, serving
 from ruamel.yaml import YAML
 
-from stages.engine.files import write_rows
+from stages.engine.files import replacing, write_rows
 from stages.engine.manifest import write_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,8 @@ def write_transcripts(folder: Path, transcripts: list[str]) -> None:
     rows = [(f"c{i}", text, "corpus") for i, text in enumerate(transcripts)]
     write_rows(folder / "data/transcripts.csv", ["clip_id", "transcript", "source"], rows)
     write_manifest([], folder / "data/manifest.csv")  # read for clips that are sent, and none is
+    with replacing(folder / "data/plan/rankings.jsonl") as file:
+        file.write("made\n")  # as the stage plan says it
 
 
 def set_params(folder: Path, **changes: object) -> None:

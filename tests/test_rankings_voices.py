@@ -6,6 +6,7 @@ import json
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from stages.engine.errors import PipelineError
 from stages.engine.files import file_digest, write_rows
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import load, read_yaml
+from stages.inference.texts import find_texts
 from stages.rankings import openai_batch, openai_provider
 from stages.rankings.cache import Cache
 from stages.rankings.chat import Patience
@@ -253,3 +255,18 @@ def test_the_answers_of_all_voices_travel(server: Server, house: Path, monkeypat
     again = {row["clip_ids"][0]: row for row in written()}
     assert again["c"]["voices"]["seen"]["ranking"] == ranking_of("") and again["a"]["ranking"]
     server.default = answer
+
+
+def test_predict_sends_its_clips_too_and_knows_the_corpus(server: Server, house: Path) -> None:
+    set_params(server, input="clip")
+    rank_emotions.main()
+    before = len(server.requests)
+    (house / "corpus/a.mp4").rename(house / "elsewhere.mp4")  # the same content under another name
+    write_clip(house / "new.mp4", 1.0, brightness=-15)
+    trained: Any = SimpleNamespace(reads_text=True, params=load(), media={"rankings.jsonl"})
+    clips = [house / "elsewhere.mp4", house / "corpus/c.mp4", house / "new.mp4"]
+    texts = find_texts(trained, clips, {clips[0]: "我很开心"}, None)  # type: ignore[arg-type]
+    assert len(server.requests) == before + 1  # for the new one
+    assert texts.item(clips[0], "rankings.jsonl")["ranking"] == ranking_of("我很开心")
+    assert texts.item(clips[2], "rankings.jsonl") == {"transcript": "", "ranking": ranking_of(""), "reason": None}
+    assert texts.item(clips[2], "transcripts.csv") == "" and texts.ranking(clips[1]) == ranking_of("")

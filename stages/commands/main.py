@@ -13,6 +13,7 @@ from stages.engine.errors import PipelineError, run_stage
 
 # name -> (module with a main(arguments), what `mer --help` says); imported only when chosen, since most load torch
 COMMANDS = {
+    "repro": ("stages.commands.repro", "dvc repro, with the CPU's cores and the GPU busy side by side"),
     "predict": ("stages.commands.predict", "emotions of new clips, by the trained ensemble"),
     "release": ("stages.commands.release", "the trained models as one folder for other machines, models/release"),
     "repair": ("stages.commands.repair", "remove a damaged store, so that dvc repro makes it anew"),
@@ -36,7 +37,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     listed = "\n".join(f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="mer", usage="mer COMMAND ...", epilog=f"commands (mer COMMAND --help says more):\n{listed}",
-        description="Commands for the pipeline in the current folder; its stages run by dvc repro.",
+        description="Commands for the pipeline in the current folder; its stages run by dvc repro, or mer repro.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

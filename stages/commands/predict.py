@@ -10,6 +10,7 @@ read.
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -53,6 +54,15 @@ def load_trained(bundle: Path | None, device: str | None) -> "Trained":
     return trained.on(device) if device else trained
 
 
+def words(text: str) -> str:
+    """An argument's text where the terminal's encoding is not that of its bytes. Raises PipelineError for no UTF-8."""
+    try:
+        return os.fsencode(text).decode() if any("\udc80" <= c <= "\udcff" for c in text) else text
+    except UnicodeError:
+        raise PipelineError("--transcript: found bytes that are no UTF-8; set the terminal's encoding to UTF-8, or "
+                            "give the words in a UTF-8 CSV with --transcripts") from None
+
+
 def given_transcripts(clips: list[Path], text: str | None, table: Path | None) -> dict[Source, str]:
     """The transcripts that the user has, by clip. Raises PipelineError for one text and several clips."""
     from stages.inference.clips import read_transcripts, transcript_of
@@ -61,7 +71,7 @@ def given_transcripts(clips: list[Path], text: str | None, table: Path | None) -
         if len(clips) > 1 or table:
             raise PipelineError(f"--transcript: found {len(clips)} clips{' and --transcripts' if table else ''}, "
                                 f"expected one; for several give --transcripts a CSV with the columns name,transcript")
-        return {clips[0]: text}
+        return {clips[0]: words(text)}
     known = read_transcripts(table) if table else {}
     given: dict[Source, str] = {clip: transcript_of(clip, known) for clip in clips}
     if table and not any(given.values()):

@@ -46,9 +46,21 @@ def cached_files(folder: Path, cache: Path) -> Iterator[tuple[str, Path]]:
                 yield Path(entry["relpath"]).name, cached(cache, entry["md5"])
 
 
+def stages_of(folder: Path) -> list[str]:
+    """The stages of dvc.yaml that write the folder, as `dvc stage list` names them; none for what is no store's."""
+    found = []
+    for name, entry in read_yaml("dvc.yaml")["stages"].items():
+        for out in (entry.get("do") or entry).get("outs", []):
+            if out == str(folder):
+                found.append(name)
+            elif str(out).endswith("/${key}") and folder.parent == Path(out).parent:
+                found.append(f"{name}@{folder.name}")
+    return found
+
+
 def parts(folder: Path) -> list[Path]:
-    """Finished parts of the folder's stage; of every stage where dvc.lock does not know it."""
-    names = [name for name, _, _ in outs_around(folder)] or ["*"]
+    """Finished parts of the folder's stage."""
+    names = stages_of(folder)
     return sorted(part for name in names for part in PARTS.glob(f"{name}/*/*.h5"))
 
 
@@ -82,7 +94,7 @@ def to_retry(folder: Path, cache: Path) -> list[Path]:
 
     Raises PipelineError for a shard that is damaged.
     """
-    shards = read_index(folder)["shards"]
+    shards = read_index(folder)["shards"] if folder.exists() else {}
     names = {name for name in shards if _has_died(folder / name, shards[name])}
     old = [part for part in parts(folder) if _has_died(part, part_fingerprint(part.parent.name, part))]
     return [*(folder / name for name in names), *old, *(path for name, path in cached_files(folder, cache)
@@ -101,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
                         "too long, so that they are tried again (after raising runtime.clip_timeout_seconds, say)")
     asked = parser.parse_args(arguments)
     folder = Path(os.path.relpath(asked.folder))  # as dvc.lock names it
-    if not outs_around(folder) and not (folder / INDEX).exists():
+    if not stages_of(folder) and not (folder / INDEX).exists():
         raise PipelineError(f"{folder}: expected a store's folder as params and messages name it, such as data/audio")
     cache = cache_folder()
     found = (to_retry if asked.retry else damaged)(folder, cache)

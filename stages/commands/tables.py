@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.engine.errors import PipelineError, run_stage
-from stages.engine.files import replacing
+from stages.engine.files import replacing, require_writable
 from stages.engine.params import load, read_yaml
 
 OUT = Path("reports/tables.md")
@@ -252,6 +252,7 @@ def main(arguments: Sequence[str]) -> None:
     if unknown := sorted(set(names) - set(rows)):
         raise PipelineError(f"{', '.join(unknown)}: no such row, expected some of {', '.join(rows)}")
     p = load()
+    require_writable(OUT)
     found = collect([rows[name] for name in names])
     if not found:
         raise PipelineError(f"params.yaml: lacks the features that {', '.join(names)} would need")

@@ -2,20 +2,26 @@
 
 PipelineError: the user must act; its text is one line that names the file or key, what was found and what is expected.
 Skip: one clip can't be used; the reason is recorded and the run goes on. Died: its decoder crashed or was stopped,
-which may be the machine's doing: the clip is tried once more. A fault of the machine (REMEDIES, no memory) says nothing
-about a clip: it is retried, then stops the stage, and is never recorded.
+which may be the machine's doing: the clip is tried once more. A fault of the machine (an error that the system has a
+number for, no memory) says nothing about a clip: it is retried, then stops the stage, and is never recorded.
 """
 
 import errno
+import io
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
+
+from stages.engine.interrupts import interrupts
 
 T = TypeVar("T")
 
-# What the machine, not the program, must put right before the stage can go on
+# What must be put right before the stage can go on; of other errors of the system, OTHERWISE
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
 REMEDIES |= {errno.EROFS: "make it writable"}
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions")
@@ -24,9 +30,11 @@ REMEDIES |= dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "bring the file or fold
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
 REMEDIES |= dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "free memory or processes")
 REMEDIES |= dict.fromkeys((errno.ENOLCK, errno.ENOTSUP), "mount it with locks")
+OTHERWISE = "check the disk or the network folder"
+LARGEST_ERRNO = 4095  # of Linux; FFmpeg gives its own errors larger numbers
 
 ATTEMPTS = 3  # at something that the machine keeps from working
-FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds between them
+FIRST_WAIT = 0.5  # seconds before the second, twice that before the third
 
 
 class PipelineError(Exception):
@@ -66,43 +74,79 @@ def working_on(what: str) -> Iterator[None]:
 
 def is_machines(error: BaseException) -> bool:
     """Whether the machine, not what is being read, is at fault: a file that is away, a disk, a limit, no memory."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in REMEDIES)
+    number = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or (isinstance(number, int) and 0 < number <= LARGEST_ERRNO)
+
+
+_is_last: ContextVar[bool] = ContextVar("_is_last", default=True)
+
+
+def is_last_attempt() -> bool:
+    """Whether nothing will call this again: what may be the machine's fault or the file's then counts as the file's."""
+    return _is_last.get()
 
 
 def insist(call: Callable[[], T]) -> T:
     """What `call` returns, tried ATTEMPTS times while the machine is at fault. Raises what the last attempt raised."""
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-    waits = wait_exponential(FIRST_WAIT, max=LONGEST_WAIT)
-    return Retrying(retry=retry_if_exception(is_machines), stop=stop_after_attempt(ATTEMPTS), wait=waits,
-                    reraise=True)(call)
+    outside = _is_last.set(False)
+    try:
+        return Retrying(retry=retry_if_exception(is_machines), stop=stop_after_attempt(ATTEMPTS), reraise=True,
+                        wait=wait_exponential(FIRST_WAIT),
+                        before=lambda state: _is_last.set(state.attempt_number == ATTEMPTS) and None)(call)
+    finally:
+        _is_last.reset(outside)
 
 
 def describe(error: BaseException) -> str:
     """A fault of the machine as the line that the user sees: the file, what is wrong, what to do."""
     notes = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; {REMEDIES.get(error.errno or 0, OTHERWISE)}"
     else:
         text = "no memory left; free some, or lower runtime.workers"
     return f"{notes}{text}, then run it again (what was finished is kept)"
 
 
 def run_stage(main: Callable[..., None], *arguments: Any) -> None:
-    """Run the main of a stage or a command; a PipelineError, or a fault of the machine, is one line on stderr and exit
-    code 1; Ctrl-C is one line and exit code 130."""
+    """Run the main of a stage or a command.
+
+    A PipelineError, or a fault of the machine, is one line on stderr and exit code 1. Ctrl-C is one line and exit code
+    130. A reader that goes away (`| head`) ends it without a word and with 141, as SIGPIPE ends other programs. What a
+    terminal's encoding can't show is shown escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(*arguments)
+        with interrupts():
+            try:
+                main(*arguments)
+            finally:
+                sys.stdout.flush()  # here, where it can still be told from other errors that nobody reads it
     except PipelineError as error:
         text = str(error)
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        for stream in (sys.stdout, sys.stderr):  # what Python still writes at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (OSError, MemoryError) as error:
         if not is_machines(error):
             raise
         text = describe(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None  # the exit code that shells give it
     else:
         return
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of the standard output, or error, has gone away."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # POLLERR is always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -9,6 +9,7 @@ from typing import Any
 
 from stages.engine.devices import pick_workers
 from stages.engine.errors import PipelineError
+from stages.engine.interrupts import uninterrupted
 from stages.engine.params import Params
 from stages.engine.work import Shard, Target, Work, write_shards
 
@@ -48,7 +49,8 @@ def _in_processes(
     for number in [*range(len(todo)), *[None] * len(devices)]:
         shards.put(number)
     with ProcessPoolExecutor(len(devices), context, _set_queues, (shards, done)) as pool:
-        processes = [pool.submit(_work_on_device, todo, work, target, device, workers) for device in devices]
+        with uninterrupted():
+            processes = [pool.submit(_work_on_device, todo, work, target, device, workers) for device in devices]
         try:
             for _ in todo:
                 while True:

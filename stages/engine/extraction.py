@@ -1,7 +1,7 @@
 """The extraction engine: plan shards, skip the done ones, compute the others, put the store together.
 
 A stage hands over its clips (with a digest of each clip's input) and a Work that turns clips into rows. Finished shards
-lie in .cache/parts/<stage>/<fingerprint>/. So a run that is killed loses at most one shard, going back to an old
+lie in .cache/parts/<stage>/<fingerprint>/. So a run that is killed loses the shards in progress, going back to an old
 parameter finds the old shards, and a stale shard can't be picked up: the fingerprint covers the stage's tracked params,
 the bytes of its declared code and its checkpoint, the file name the clips' inputs.
 
@@ -36,16 +36,17 @@ MIXED = ("device", "versions")  # attributes that should be the same in all shar
 
 def write_store(
     target: Target, inputs: Sequence[Input], work: Work, params: Params, devices: Sequence[str], **origin: str
-) -> None:
+) -> bool:
     """Write the target's store, resuming from finished shards; origin: as write_index takes it. Where every clip lacks
     what it is made from, the store is empty.
 
+    Returns whether the store is there: a rank of several computes its share of the shards only.
     Raises PipelineError if more than corpus.max_bad_fraction of the clips came out absent here. Clips that were already
     absent upstream do not count, nor those that lack a stream, a file or words by nature.
     """
     if not any(clip.item and not clip.absent for clip in inputs):
         leave_empty(target.stage, target.out, "no clip has what it is made from")
-        return
+        return True
     shards = plan(target, inputs, params.corpus.shard_size)
     _sweep(PARTS / target.stage / target.fingerprint)
     heads = {shard.part: head for shard in shards if (head := _head_if_done(shard, target)) is not None}
@@ -58,22 +59,22 @@ def write_store(
     with tqdm(total=len(inputs), initial=done, desc=target.stage, unit="clip", mininterval=1, disable=not share) as bar:
         for shard in finished:
             bar.update(len(shard.clips))
-    missing = [shard for shard in todo if not shard.part.exists()]
-    if missing:
-        print(f"{target.stage}: rank {rank} of {ranks}: its {len(share)} shards are done, {len(missing)} of others are "
-              f"not; once all are, run dvc repro without RANK")
-        return
+    if ranks > 1:  # ranks that end together must not put the store together at once
+        print(f"{target.stage}: rank {rank} of {ranks}: its {len(share)} shards are done; once all ranks are, run dvc "
+              f"repro without RANK")
+        return False
     heads |= {shard.part: read_head(shard.part, part_fingerprint(target.fingerprint, shard.part)) for shard in todo}
     in_order = [heads[shard.part] for shard in shards]
     if lacking := _lacking(target, inputs, in_order, params.corpus.max_bad_fraction):
         leave_empty(target.stage, target.out, lacking)
-        return
+        return True
     _warn_of_mixture(target, in_order)
     names = [f"shard-{i:05d}.h5" for i in range(len(shards))]
     _assemble(target.out, dict(zip(names, (shard.part for shard in shards), strict=True)))
     write_index(target.out, names, in_order, **origin)
     if not params.runtime.keep_parts and shards:
         shutil.rmtree(shards[0].part.parent)
+    return True
 
 
 def leave_empty(stage: str, out: Path, reason: str) -> None:

@@ -18,7 +18,7 @@ from stages.engine.work import Input, Shard, Target
 from stages.engine.workers import Workers
 
 Decode = Callable[[str, Source], Row]  # (clip_id, file or segment) -> its row; raises Skip
-HELD_CLIPS = 1024  # in shards that wait for a clip to be tried again: bounds the memory they take
+HELD_CLIPS = 256  # in shards that wait for a clip to be tried again: what they take of memory, and a kill of time
 
 
 def write_media_store(stage: str, out: Path, kind: str, decoder: Callable[[Params], Decode], params: Params,
@@ -47,7 +47,7 @@ class PerClip:
     """Media work: `function(clip_id, item) -> Row` in worker processes.
 
     `function` raises Skip(reason) for a clip it can't use. A clip whose decoder crashes or takes longer than `timeout`
-    seconds is tried once more, alone, after all others; should it die again, it is absent, with the reason. A fault of
+    seconds is tried once more, alone, after the others; should it die again, it is absent, with the reason. A fault of
     the machine stops the stage.
     """
 
@@ -68,7 +68,8 @@ class PerClip:
 
         def finish(left: int) -> Iterator[tuple[Shard, list[Row]]]:
             while len(begun) > left:
-                shard, rows = _take(begun)
+                shard, results = begun.popleft()
+                rows = rows_of(shard.clips, results)
                 if any(row.died for row in rows):
                     held.append((shard, rows))
                 else:
@@ -94,11 +95,6 @@ class PerClip:
                 if row.died:
                     (rows[i],) = rows_of([shard.clips[i]], self._begin([shard.clips[i]]))
             yield shard, rows
-
-
-def _take(begun: deque[tuple[Shard, Iterator[Any]]]) -> tuple[Shard, list[Row]]:
-    shard, results = begun.popleft()
-    return shard, rows_of(shard.clips, results)
 
 
 def rows_of(clips: Sequence[Input], results: Iterator[Any]) -> list[Row]:

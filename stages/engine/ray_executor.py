@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.engine.devices import pick_devices, use_cores
-from stages.engine.errors import PipelineError, one_line
+from stages.engine.errors import PipelineError, describe, is_machines, one_line
 from stages.engine.params import Params
 from stages.engine.ray_cluster import Slot, appears, connection, plan_slots, sound_nodes
 from stages.engine.work import Shard, Target, Work, write_shards
@@ -134,8 +134,9 @@ def _failure(ray: Any, error: Any, target: Target, under_way: dict[str, Sequence
     """One line on a block that failed: by an error that nobody foresaw, or since its process ended again and again."""
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
-        name, *notes = cause.__notes__
-        why = ": ".join([*notes, f"{type(cause).__name__}: {one_line(cause)}"])
+        name, *notes = getattr(cause, "__notes__", None) or ["a block of shards"]
+        what = describe(cause) if is_machines(cause) else f"{type(cause).__name__}: {one_line(cause)}"
+        why = ": ".join([*notes, what])
     else:
         name = _name(under_way[error.actor_id])
         why = f"its process was ended from outside {RESTARTS + 1} times ({one_line(error)})"

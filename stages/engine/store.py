@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from stages.engine.errors import REMEDIES, PipelineError, one_line
+from stages.engine.errors import PipelineError, one_line
 from stages.engine.files import empty_folder, replacing, write_json
 
 SCHEMA = 2
@@ -348,10 +348,6 @@ def _open(path: Path) -> _Shard:
         return _Shard(path, attrs, {name: file[name][:] for name in ("clip_id", "present", "reason", "died", "digest")})
 
 
-# What keeps a file from being read without saying anything about the file; locks are not asked for, but see NFS
-PASSING = {*REMEDIES, errno.EBUSY, errno.EWOULDBLOCK, errno.EOPNOTSUPP} - {errno.ENOENT, errno.ENOTDIR}
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     """The file for reading, without HDF5's locks: a store is written whole and never changed.
@@ -364,7 +360,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except (OSError, KeyError, RuntimeError, UnicodeDecodeError) as error:
         number = getattr(error, "errno", None)
-        if number in PASSING:
+        if number and number not in (errno.ENOENT, errno.ENOTDIR):  # HDF5 has none for what is wrong with the content
             raise OSError(number, os.strerror(number), str(path)) from error
         raise PipelineError(f"{path}: damaged ({one_line(error)}); {_rebuild(path.parent)}") from error
 

@@ -40,7 +40,7 @@ class Texts:
     def item(self, clip: Source, medium: str) -> Any:
         """What extract's text encoders take: the transcript, or it with its ranking; "" where there is none."""
         transcript = self.transcript(clip)
-        if medium == "transcripts.csv" or not transcript:
+        if medium == "transcripts.csv" or not self._items.get(clip):
             return transcript
         answer = self._answers[self._items[clip]]
         return ranked_item(transcript, answer.ranking, answer.reason)
@@ -59,11 +59,11 @@ def find_texts(trained: Trained, clips: Sequence[Source], given: Mapping[Source,
     if wordless and p.transcribe.checkpoint:
         transcripts |= recognize(wordless, p, workers)
     distinct = list(dict.fromkeys(text for clip in clips if (text := transcripts.get(clip))))
-    if not distinct or "rankings.jsonl" not in trained.media:
+    if "rankings.jsonl" not in trained.media:
         return Texts(transcripts, {})
     if p.rankings.input == "transcript":
-        return Texts(transcripts, rank(distinct, p))
-    items = {clip: item_of(digest_of(clip), text) for clip in clips if (text := transcripts.get(clip))}
+        return Texts(transcripts, rank(distinct, p) if distinct else {})
+    items = {clip: item_of(digest_of(clip), transcripts.get(clip, "")) for clip in clips}
     answers = rank(list(dict.fromkeys(items.values())), p, {item: clip for clip, item in items.items()})
     return Texts(transcripts, answers, items)
 

@@ -16,8 +16,8 @@ from stages.engine.store import read_index
 
 ENSEMBLE = Path("models/self_training")
 # Sections of params.yaml on which a clip's features depend, and the keys in them that only say how they are had
-FEATURES = ("corpus.labels", "audio", "transcribe", "frames", "faces", "rankings", "extractors", "emovclip")
-OPERATION = ("base_url", "api_key_env", "batch", "max_cost_usd", "price_per_million", "openface_binary")
+FEATURES = ("audio", "transcribe", "frames", "faces", "rankings", "extractors", "emovclip")
+OPERATION = {"base_url", "api_key_env", "batch", "max_cost_usd", "price_per_million", "openface_binary"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def check_learned(name: str, row: Extractor, learned: Mapping[str, Any]) -> None
     def check(what: str, key: str, found: str) -> None:
         if found != learned[key]:
             raise PipelineError(f"modality {name}: {what} changed since the models in {ENSEMBLE} were trained; run dvc "
-                                f"repro")
+                                f"repro (which sees that a checkpoint changes where depends_on names its folder)")
 
     check(f"what its encoder loads ({', '.join(row.loads.values())}) is gone or", "loaded", loaded_digest(row).hex())
     features, source = Path("features") / name, DATA / row.input
@@ -120,7 +120,7 @@ def check_params(values: Mapping[str, Any], lock: Mapping[str, Any], modalities:
                 continue
             found = _leaves(key, _lookup(values, key))
             for leaf, expected in _leaves(key, trained).items():
-                if leaf.rpartition(".")[2] not in OPERATION and found.get(leaf, expected) != expected:
+                if not set(leaf.split(".")) & OPERATION and found.get(leaf, expected) != expected:
                     raise PipelineError(f"params.yaml: {leaf}: found {found[leaf]!r}, but the models were trained with "
                                         f"{expected!r}; set it back, or run dvc repro")
 

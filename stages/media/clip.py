@@ -20,7 +20,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
-from stages.engine.errors import NO_FILE, NO_STREAM, Skip
+from stages.engine.errors import NO_FILE, NO_STREAM, Skip, is_last_attempt, is_machines
 from stages.engine.manifest import Segment, Source
 
 # Only plain media containers: a "clip" that is really a playlist must not make FFmpeg open other
@@ -49,7 +49,7 @@ def open_clip(path: str | Path) -> InputContainer:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol
         container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        require_readable(path)
+        blame(path, error)
         raise Skip(f"file can't be opened: {_not_allowed(path) or describe(error)}") from None
     return container
 
@@ -80,11 +80,23 @@ def states_length(container: InputContainer, path: str | Path) -> bool:
     return any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
 
 
-def require_readable(path: str | Path) -> None:
-    """Raises OSError where the machine can't read the file's bytes, MemoryError where it has no memory to do so."""
-    with open(path, "rb", buffering=0) as file:
-        while file.read(READ_BYTES):
-            pass
+def blame(path: str | Path, error: BaseException | None) -> None:
+    """Return where `error`, which reading the file gave, is the file's own fault.
+
+    Raises OSError where the machine can't read the file's bytes, MemoryError where it has no memory to do so. Where it
+    can, but the error looks like the machine's, it may have passed: it is raised too, until the last attempt.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(READ_BYTES):
+                pass
+    except OSError as fault:
+        fault.filename = str(path)  # reading does not say
+        raise
+    if error is not None and is_machines(error) and not is_last_attempt():
+        if isinstance(error, OSError):
+            raise OSError(error.errno, describe(error), str(path)) from None
+        raise MemoryError from None
 
 
 def describe(error: Exception) -> str:
@@ -118,6 +130,7 @@ class Reader:
             raise
         self.damaged = 0
         self.seconds = 0.0
+        self._fault: BaseException | None = None  # the last error that looked like the machine's
         if self.start:
             self._seek(PREROLL_SECONDS)
         self.first = 0.0  # seconds after the segment's start at which its first frame begins; of sound, often before
@@ -128,7 +141,7 @@ class Reader:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.container.close()
         if self.damaged or kind is not None:
-            require_readable(self.path)
+            blame(self.path, self._fault)
 
     def _best_stream(self, kind: Kind) -> Any:
         streams = [
@@ -203,8 +216,8 @@ class Reader:
                 packet = next(packets)
             except StopIteration:
                 return
-            except (av.error.FFmpegError, OSError, ValueError):
-                self.damaged += 1
+            except (av.error.FFmpegError, OSError, ValueError) as error:
+                self._count(error)
                 return
             if packet.size == 0:  # PyAV ends with an empty packet
                 continue
@@ -260,9 +273,14 @@ class Reader:
             return self.stream.codec_context.decode(packet)
         except av.error.EOFError:
             return []
-        except (av.error.FFmpegError, OSError, ValueError, MemoryError):
-            self.damaged += 1
+        except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+            self._count(error)
             return []
+
+    def _count(self, error: BaseException) -> None:
+        self.damaged += 1
+        if is_machines(error):
+            self._fault = error
 
 
 def damage_note(decoded: float, declared: float | None, damaged: int) -> str:

@@ -256,16 +256,20 @@ class OpenAI:
 
     async def _request(self, client: "AsyncOpenAI", ask: _Ask) -> Verdict:
         """What the reply is worth. Raises Fault after patience.attempts, Refused, PipelineError, _Stopped."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+        from tenacity import AsyncRetrying, retry_if_exception_type
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Fault),
-            stop=stop_after_attempt(self.patience.attempts),
+            stop=lambda state: state.attempt_number >= self._attempts(),
             wait=waits(self.patience),
             sleep=self._sleep,
             reraise=True,
         )
         return await retrying(self._attempt, client, ask)
+
+    def _attempts(self) -> int:
+        """One fewer, so half the waiting, as long as the server has answered nothing: most likely it is down."""
+        return self.patience.attempts if self._heard else max(2, self.patience.attempts - 1)
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not past the end of the run."""

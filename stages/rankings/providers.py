@@ -6,6 +6,8 @@ An item is a transcript, or for a voice with `input: clip` what clips.item_of na
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.engine.devices import pick_device
@@ -58,8 +60,8 @@ def rank(
                 wanted = unanswered(items, cache.load(items))
             if wanted or under_way(p, cache):
                 if p.rankings.provider == "openai":
-                    spent = cache.spent(items, prices(p.rankings)) + spent_elsewhere
-                    openai(p, cache, spent, clips or {}).rank(wanted)
+                    before = cache.spent(items, prices(p.rankings)) + spent_elsewhere
+                    openai(p, cache, before, clips or {}).rank(wanted)
                 else:
                     transformers(p, wanted, cache, clips or {})
         known = cache.load(items)
@@ -102,8 +104,15 @@ def model_identity(rankings: Rankings) -> str:
     """What tells this model's answers from another's in the cache."""
     if rankings.provider != "transformers":
         return rankings.model
-    digest = checkpoint_digest(rankings.model).hex()[:16]
+    files = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(rankings.model).rglob("*"))
+    digest = _digest(rankings.model, files)
     return "@".join(filter(None, [rankings.model, rankings.revision, digest, rankings.dtype]))
+
+
+@lru_cache
+def _digest(checkpoint: str, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of a checkpoint folder's content, read once for as long as its files look the same."""
+    return checkpoint_digest(checkpoint).hex()[:16]
 
 
 def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Source]) -> "OpenAI | Batches":

@@ -1,0 +1,93 @@
+"""Worker processes that die, also while they have nothing to do."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.engine.workers import Workers
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    pool = Workers(2, timeout=60)
+    yield pool
+    pool.close()
+
+
+def kill(count: int) -> None:
+    """So many of the workers, and wait until that is noticed."""
+    for process in multiprocessing.active_children()[:count]:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+
+
+def square(number: int, seconds: float = 0.0) -> int:
+    time.sleep(seconds)
+    return number * number
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("noticed", [False, True])
+def test_workers_that_die_idle_are_replaced(workers: Workers, count: int, noticed: bool) -> None:
+    assert list(workers.map(square, [(2,), (3,)])) == [4, 9]
+    for _ in range(5):  # as often as it happens
+        kill(count)
+        if noticed:
+            time.sleep(0.5)  # of pebble's looks at its workers, 0.1 s apart, several
+        assert list(workers.map(square, [(i,) for i in range(20)])) == [i * i for i in range(20)]
+    assert len(multiprocessing.active_children()) == 2
+
+
+def test_results_that_are_there_stay_when_all_die(workers: Workers) -> None:
+    first = workers.map(square, [(i,) for i in range(3)])
+    second = workers.map(square, [(i,) for i in range(3, 6)])  # as shards are begun, one ahead
+    assert next(first) == 0
+    list(workers.map(square, [(1, 1.0)] * 2))  # one for each worker: so all before is done
+    kill(2)
+    time.sleep(0.5)
+    assert [*first, *second] == [1, 4, 9, 16, 25]
+
+
+def test_one_that_dies_at_work_costs_its_clip_alone(workers: Workers) -> None:
+    results: list[Any] = list(workers.map(os.kill, [(0, 0)]))
+    assert results == [None]
+    died, *others = workers.map(end_or_square, [(i,) for i in range(5)])
+    assert str(died) == "the decoder crashed (SIGKILL, as when memory runs out)" and others == [1, 4, 9, 16]
+
+
+def end_or_square(number: int) -> int:
+    if not number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_workers_that_never_live_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("""
+import os
+if __name__ == "__mp_main__":
+    os._exit(3)  # in each worker, as it starts
+from stages.engine.errors import run_stage
+from stages.engine.workers import Workers
+def main():
+    workers = Workers(2, 60)
+    try:
+        list(workers.map(abs, [(1,)]))
+    finally:
+        workers.close()
+if __name__ == "__main__":
+    run_stage(main)
+""")
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stderr.startswith("error: a decoding process ended with exit code")
+    assert done.stderr.count("\n") == 1
