@@ -1,6 +1,7 @@
 """The encoder without weights: what its features measure, silence, short and long clips, threads, real speech."""
 
 import csv
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from sklearn.preprocessing import StandardScaler
 from stages.encoders.acoustic import HOP, PIECE, RATE, Config, Encoder
 from stages.encoders.pooling import pooled_row
 from stages.engine.errors import Skip
+from stages.engine.params import load
+from stages.inference.card import render_card
+from stages.inference.trained import Trained
 from stages.media.audio import load_audio
 
 EMODB = Path("/work/shared/real/emodb")
@@ -104,3 +108,15 @@ def test_anger_and_sadness_of_speakers_not_trained_on(encoder: Encoder) -> None:
     labels = np.array([row["label"] for row in rows])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000))
     assert model.fit(features[~held_out], labels[~held_out]).score(features[held_out], labels[held_out]) > 0.9
+
+
+def test_a_model_card_tells_that_there_is_no_checkpoint(tmp_path: Path) -> None:
+    p = load()
+    (tmp_path / "ensemble.json").write_text(json.dumps({"seeds": [0], "folds": 5}))
+    scores = {"per_class": {}, "waf": 50.0, "waf_std": 1.0, "interval": [40.0, 60.0], "accuracy": 50.0, "clips": 9,
+              "out_of_fold_waf": 48.0, "out_of_fold_waf_std": 1.0}
+    metrics = {"folds": 5, "seeds": 1, "leaky": False, "cv": scores, "test": scores,
+               "clips": {"labelled": 9, "unlabelled": 9, "test": 9}}
+    card = render_card(Trained(p, tmp_path, ("acoustic", "hubert"), {}), metrics)
+    assert "| acoustic | acoustic | audio | none: computed without weights | | |\n" in card
+    assert "| hubert | hubert | audio | models/demo/hubert" in card

@@ -31,7 +31,7 @@ from stages.engine.params import FusionParams, Params, Rankings, load_fusion
 
 CORES, GPU, NEITHER = "cores", "GPU", "neither"  # NEITHER: done in seconds, or waiting for a server
 USES = {  # by the name before @, where its params don't decide (uses): of each there is one at a time
-    "demo": CORES, "corpus": CORES, "split_folds": NEITHER, "extract_audio": CORES, "transcribe": GPU,
+    "plan": NEITHER, "demo": CORES, "corpus": CORES, "split_folds": NEITHER, "extract_audio": CORES, "transcribe": GPU,
     "slice_frames": CORES, "crop_faces": CORES, "rank_emotions": NEITHER, "extract": GPU, "train_emovclip": GPU,
     "gather_features": NEITHER, "train_fusion": GPU, "self_train": GPU, "evaluate": GPU,
 }

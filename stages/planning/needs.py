@@ -60,6 +60,6 @@ def left_out(p: Params) -> dict[str, str | None]:
         "emovclip": f"no row of fusion.modalities loads {PROMPTS}",
     }
     wanted = read | before | ({"audio"} if hears else set()) | ({"emovclip"} if trains_prompts(p) else set())
-    if read & set(TEXTS):
+    if read & set(TEXTS) or p.transcribe.checkpoint is None:  # without one there are the corpus's own words alone
         wanted.add("transcripts.csv")
     return {"corpus": None} | {name: None if name in wanted else reason for name, reason in reasons.items()}
