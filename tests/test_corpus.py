@@ -255,7 +255,7 @@ class Repository:
         values = read_yaml(ROOT / "params.yaml")
         values["corpus"] |= corpus
         YAML().dump(values, folder / "params.yaml")
-        (folder / "data").mkdir()
+        (folder / "data").mkdir(exist_ok=True)
 
     def run(self, stage: str, code: int = 0) -> str:
         done = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=self.folder, text=True,
