@@ -3,7 +3,7 @@
 The first voice, `rankings` itself, is the row's own; each of `rankings.providers` has its column in `voices`. Where one
 of them is sent the clip (`input: clip`), there is a row per clip in place of one per distinct transcript.
 
-Answers that cost something are kept for ever in .cache/rankings and never asked for twice, whatever DVC deletes.
+Answers that cost money are kept in .cache/rankings, where DVC deletes nothing, and not asked for twice.
 A transcript that got no valid ranking (a refusal, say) stands in the file with `ranking: null` and the reason; more of
 them than corpus.max_bad_fraction stop the stage, and so does every transcript that could not be asked at all.
 """

@@ -115,7 +115,7 @@ def fuse(
 
 
 def reasons(by_source: Mapping[str, str]) -> str:
-    """`audio, frames: what is wrong with them; baichuan: no transcript`; sources that say the same stand together."""
+    """`audio, frames: what is wrong with them; baichuan: no transcript`; sources with the same reason are joined."""
     sources: dict[str, list[str]] = {}
     for source, reason in by_source.items():
         if reason:

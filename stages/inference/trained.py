@@ -22,7 +22,7 @@ OPERATION = {"base_url", "api_key_env", "batch", "max_cost_usd", "price_per_mill
 
 @dataclass(frozen=True)
 class Trained:
-    """All that a prediction needs. Nothing is loaded yet: knowing what to decode must not wait for torch."""
+    """All that a prediction needs. Nothing is loaded yet: so that decoding can start before torch is imported."""
 
     params: Params
     ensemble: Path  # folder of ensemble.json and ensemble.safetensors

@@ -96,7 +96,7 @@ def resampled(frames: Iterator[AudioFrame], sample_rate: int) -> Iterator[np.nda
         if kind != current:
             yield from pull(resampler, None)
             resampler, current = av.AudioResampler(format="s16", layout="mono", rate=sample_rate), kind
-        frame.pts = None  # samples follow each other: gaps and jumps of damaged clocks are not ours to fill
+        frame.pts = None  # samples follow each other: gaps and jumps of damaged clocks are not filled
         yield from pull(resampler, frame)
     yield from pull(resampler, None)
 

@@ -24,7 +24,7 @@ DETECTION_LENGTH = 4 * DETECTION_SIDE  # the long side at most: a damaged header
 CELL = 4  # the network's outputs have one cell per 4 x 4 pixels
 MULTIPLE = 32  # its input sides must be divisible by this
 MAX_OVERLAP = 0.3  # boxes that share more are one face
-MAX_FACES = 4  # the largest of a frame; the main face is not the fifth
+MAX_FACES = 4  # the largest of a frame; a main face beyond the fifth largest is not expected
 # of a crop's samples beside followed faces, frame pixels: 53 dB from a spacing of 1, at a third of the cost; landmarks
 # moved by 1 % of the eye distance make 30 to 35 dB
 SPACING = 2.0
@@ -125,7 +125,7 @@ class CenterFace:
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # the model's unused initialisers are worth a page of warnings
+        options.log_severity_level = 3  # onnxruntime warns of each of the model's unused initialisers
         self._session = onnxruntime.InferenceSession(any_size_model(fused), options, providers=list(providers))
 
     def detect(self, images: list[np.ndarray], min_confidence: float) -> list[list[Face]]:

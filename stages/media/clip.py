@@ -1,7 +1,7 @@
 """Opening a clip and walking over one of its streams, however damaged it is.
 
-PyAV brings its own FFmpeg, so no system package is needed. A packet that can't be decoded is passed
-over and counted: a clip with a scratch keeps its other frames, and the caller gets a note about it.
+PyAV brings its own FFmpeg, so no system package is needed. A packet that can't be decoded is skipped
+and counted: a damaged clip keeps its other frames, and the caller gets a note about it.
 
 FFmpeg reports a disk that fails and a stream that is damaged in the same words. So whatever goes wrong, the file is
 read once more as plain bytes: if that fails, the machine is at fault (OSError), else the clip.
@@ -237,7 +237,7 @@ class Reader:
     def _decoded(self) -> Iterator[Any]:
         for packet in self.packets():
             yield from self._decode(packet)
-        yield from self._decode(None)  # what the decoder still holds back
+        yield from self._decode(None)  # frames that the decoder still buffers
 
     def _from_before(self) -> Iterator[Any]:
         """Every frame from one on that begins before the segment; from the file's first where none is found sooner.

@@ -28,7 +28,7 @@ def crop_clip(
 ) -> tuple[list[bytes], list[int], list[float], str]:
     """The main face of every stride-th frame: (JPEG crops size x size, frame indices from 0, confidences, a note).
 
-    time_limit in seconds; keep it below that of the worker that calls, or the binary outlives it.
+    time_limit in seconds; keep it below that of the worker that calls, or the binary goes on running after it.
     Skip: FeatureExtraction fails, hangs, or finds no face. PipelineError: there is no such binary.
     """
     executable = find_binary(binary)

@@ -79,12 +79,12 @@ class TooLarge(Learned):
 
 
 class Refused(Exception):
-    """The server will not have this very request: a content filter, mostly."""
+    """The server refuses this request, mostly because of a content filter."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply is worth: a ranking, or why not and what to say when asking again.
+    """What a reply gives: a ranking, or the reason why not and the correction to send.
 
     `tokens` are input and output as the server counted them, estimated where it does not say; `most` bounds what it can
     have billed.
@@ -102,7 +102,7 @@ class Verdict:
 
 
 class Chat:
-    """A model, the labels to rank and the wording; learns which request fields the server does not take, and how many
+    """A model, the labels to rank and the wording; records which request fields the server refuses, and how many
     output tokens an answer needs."""
 
     def __init__(
@@ -241,7 +241,7 @@ class Chat:
         return Learned(said)
 
     def _substitute(self, refused: str, said: str) -> None:
-        if refused not in self._fields:  # another worker's request taught us already
+        if refused not in self._fields:  # another worker's request was refused for it already
             return
         substitute, value = SUBSTITUTES[refused], self._fields.pop(refused)
         if substitute is not None:
@@ -269,7 +269,8 @@ def waits(patience: Patience) -> "Callable[[RetryCallState], float]":
         if isinstance(fault, Learned):
             return 0.0
         if isinstance(fault, Fault) and fault.retry_after is not None:
-            return fault.retry_after + random.uniform(0, patience.first_wait)  # all workers were told the same moment
+            # all workers were given the same moment
+            return fault.retry_after + random.uniform(0, patience.first_wait)
         return backoff(state)
 
     return wait

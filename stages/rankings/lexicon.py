@@ -94,7 +94,7 @@ class Lexicon:
         return sorted(self.labels, key=lambda label: (-round(scores[label], 9), self.labels.index(label)))
 
     def scores(self, transcript: str) -> dict[str, float]:
-        """Prior plus the sum over emotion words, stronger after 很, turned round after 不."""
+        """Prior plus the sum over emotion words, multiplied after 很, negated after 不."""
         scores = dict(PRIOR)
         words = list(self._split(transcript))
         for i, word in enumerate(words):

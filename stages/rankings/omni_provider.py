@@ -70,7 +70,7 @@ class Omni:
             record([Answer(item, ranking, input_tokens=inputs["input_ids"].shape[1])])
 
     def encode(self, item: str) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
-        """The model's inputs up to where the labels part, and each label's tokens after it. Raises Skip."""
+        """The model's inputs up to where the labels differ, and each label's tokens after it. Raises Skip."""
         from PIL import Image
 
         images, sound = clips.load(self._paths[item], self._sampling)
@@ -100,7 +100,7 @@ class Omni:
     def scores(self, inputs: dict[str, torch.Tensor], labels: Sequence[Sequence[int]]) -> torch.Tensor:
         """(labels,) float32: mean log-probability of each label's tokens. Raises PipelineError if not finite."""
         longest = max(map(len, labels))
-        # Zeros behind a shorter label are never looked at, and a causal model does not see them before it ends.
+        # Zeros behind a shorter label are never read, and a causal model does not see them before it ends.
         tokens = torch.tensor([[*label] + [0] * (longest - len(label)) for label in labels], device=self._device)
         lengths = torch.tensor([len(label) for label in labels], device=self._device)
         floats = {n: v.to(self._model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}

@@ -216,7 +216,7 @@ class Batches:
             print(f"rank_emotions: batch {job.batch_id} of {len(job.transcripts)} transcripts created", flush=True)
 
     def _create(self, client: "openai.OpenAI", job: Job) -> str:
-        """The id of the job's batch: of one that exists already, though we never heard of it, or of a new one."""
+        """The id of the job's batch: of one that exists already, whose creation was not confirmed, or of a new one."""
         import openai
 
         if job.creating is not None and (found := self._find(client, job)) is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CONCURRENCY = 16
 SILENT = 2  # transcripts that could not be asked, of a server that has not answered one: it is down
-GIVE_UP_AFTER = 20  # transcripts in a row without a ranking: not they are at fault, but server or model
+GIVE_UP_AFTER = 20  # transcripts in a row without a ranking: the server or the model is at fault
 
 
 class _Stopped(Exception):
@@ -291,7 +291,7 @@ class OpenAI:
             if self._stop is not None:
                 raise _Stopped
             number = self.cache.begin(ask.item, tokens)
-            actual = worst  # until we know better
+            actual = worst  # the worst case stands until the reply says what was used
             try:
                 verdict = await self._exchange(client, ask, body)
             except _Unbilled as free:

@@ -61,10 +61,10 @@ class Transformers:
         return Answer(transcript, [self.labels[i] for i in order], input_tokens=len(ids))
 
     def encode(self, transcript: str) -> Encoded:
-        """The prompt up to where the labels part, and each label's continuation.
+        """The prompt up to where the labels differ, and each label's continuation.
 
-        Prompt and label are tokenized as one text and cut where the labels' tokens begin to differ: no tokenizer has
-        a say in where a word begins. The closing quote keeps a label from being the beginning of another.
+        Prompt and label are tokenized as one text and cut where the labels' tokens begin to differ: so it does not
+        matter where the tokenizer starts a word. The closing quote keeps a label from being the beginning of another.
         """
         text, special = self._text(prompt.messages(transcript, self.labels, self.prompt_version))
         return encode_labels(self._tokenizer, text, self.labels, special)
@@ -91,7 +91,7 @@ class Transformers:
         prompts = torch.tensor([ids for ids, _ in batch], device=self._device)
         continuations = [tokens for _, labels in batch for tokens in labels]  # prompt-major
         longest = max(map(len, continuations))
-        # Zeros behind a shorter label are never looked at, and a causal model does not see them before it ends.
+        # Zeros behind a shorter label are never read, and a causal model does not see them before it ends.
         labels = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in continuations], device=self._device)
         lengths = torch.tensor([len(tokens) for tokens in continuations], device=self._device)
 
@@ -106,7 +106,7 @@ class Transformers:
 
 
 def encode_labels(tokenizer: Any, text: str, labels: Sequence[str], special: bool) -> Encoded:
-    """The tokens of a prompt up to where the labels part, and each label's after it, as Transformers.encode."""
+    """The tokens of a prompt up to where the labels differ, and each label's after it, as Transformers.encode."""
     ids = [tokenizer(f'{text}{OPENING}{label}"', add_special_tokens=special)["input_ids"] for label in labels]
     common = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
     return ids[0][:common], [tokens[common:] for tokens in ids]
