@@ -106,14 +106,15 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
     values = YAML().load(ROOT / "params.yaml")
     values["corpus"] |= {"adapter": "csv", "path": "clips", "truth": None, "shard_size": 3}
+    values["fusion"]["modalities"] = ["acoustic"]  # the one that needs no checkpoint
     YAML().dump(values, folder / "params.yaml")
     (folder / "clips").mkdir()
     for i in range(9):
         write_small_clip(folder / f"clips/c{i}.mp4", 0.2 + 0.1 * i)
     table = ["path,split,label", *(f"c{i}.mp4,labelled,neutral" for i in range(9))]
     (folder / "clips/clips.csv").write_text("\n".join(table) + "\n")
-    for name in ("data", "models"):
-        (folder / name).mkdir()
+    for name in ("data/truth", "models"):
+        (folder / name).mkdir(parents=True)
     run("git init -q && dvc init -q", folder)
     shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
     run("dvc repro -q extract_audio", folder)

@@ -234,6 +234,11 @@ def test_imported_crops_stand_in_for_the_stage(tmp_path: Path) -> None:
                        "max_bad_fraction": 0.5}.items():
         repository.set(f"corpus.{key}", value)
     repository.set("faces.stride", 2)
+    repository.set("fusion.modalities", ["clip"])  # crops are needed; the checkpoint is not, until it is loaded
+    repository.set("extractors.clip.checkpoint", "models/mini")
+    (repository.folder / "models/mini").mkdir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (repository.folder / "models/mini" / name).write_text("{}")
     repository.run("dvc", "repro", "corpus")
     command = ("python", "-m", "stages.commands.main", "import-faces", "crops")
     assert "crops: no such folder" in repository.run(*command, expect=1)

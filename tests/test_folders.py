@@ -152,12 +152,11 @@ def test_names_that_no_table_can_hold_are_one_clear_line(tmp_path: Path, name: s
     assert shown in capsys.readouterr().err
 
 
-def test_predict_gives_such_a_clip_its_row(trained_copy: Path, monkeypatch: pytest.MonkeyPatch,
-                                           capfd: pytest.CaptureFixture[str]) -> None:
+def test_predict_gives_such_a_clip_its_row(trained_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (trained_copy / "clips/c.mp4").rename(trained_copy / "clips" / GBK)
     write_sound(trained_copy / "clips/sound.wav")
     os.mkfifo(trained_copy / "clips/pipe.mp4")
-    run_predict(monkeypatch, "clips", "--out", "out.csv")
+    run_predict("clips", "--out", "out.csv")
     found = rows(Path("out.csv"))
     assert list(found) == ["clips/a.mp4", "clips/b.mkv", "clips/sound.wav", "clips/\\xc4\\xe3\\xba\\xc3.mp4"]
     assert all(row["prediction"] for row in found.values())
@@ -186,7 +185,7 @@ def test_the_corpus_stage_names_such_a_file_without_a_traceback(tmp_path: Path) 
 def test_a_path_that_is_no_folder_is_explained(tmp_path: Path, path: str, hint: str) -> None:
     touch(tmp_path / "corpus/clips.csv")
     (tmp_path / "models").mkdir()
-    error = Repository(tmp_path, adapter="csv", path=path, truth=None).run("demo", code=1)
+    error = Repository(tmp_path, adapter="csv", path=path, truth=None).run("plan", code=1)
     assert f"corpus.path: found no folder {path}" in error and hint in error and len(error.splitlines()) == 1
 
 

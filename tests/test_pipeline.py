@@ -375,6 +375,6 @@ def test_the_preset_without_its_corpus_says_where_it_must_lie(tmp_path: Path) ->
     start = time.monotonic()
     output = repository.run("dvc", "repro", expect=None)
     assert time.monotonic() - start < 30
-    assert "error: corpus.path: found no folder data/mer2024" in output
+    assert "things that this run needs are missing: corpus.path: found no folder data/mer2024" in output
     assert "video-labeled/" in output and "Traceback" not in output
     assert repository.stages_run(output) == ["plan"]

@@ -134,4 +134,4 @@ def test_a_full_disk_behind_the_standard_output_is_one_line(named: Path) -> None
         done = subprocess.run([*PREDICT, "one.mp4"], cwd=named, stdout=full, stderr=subprocess.PIPE,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(b"error: writing: No space left on device; make room")
+    assert done.stderr.splitlines()[-1].startswith(b"error: No space left on device; make room")

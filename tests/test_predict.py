@@ -207,7 +207,6 @@ def test_params_that_are_not_those_of_the_models_are_found() -> None:
     check_params(values, same, ("hubert",), pipeline)
     for key, changed in {
         "audio.sample_rate": lock(extract_audio={"audio": {"sample_rate": 16000}}),
-        "corpus.labels": lock(train_fusion={"corpus.labels": ["b", "a"]}),
         "rankings.provider": lock(rank_emotions={"rankings": {"provider": "openai"}}),
         "extractors.hubert.layers": lock(extract__hubert={"extractors.hubert": {"layers": [-2, -1]}}),
     }.items():

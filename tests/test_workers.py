@@ -45,7 +45,7 @@ def test_workers_that_die_idle_are_replaced(workers: Workers, count: int, notice
         if noticed:
             time.sleep(0.5)  # of pebble's looks at its workers, 0.1 s apart, several
         assert list(workers.map(square, [(i,) for i in range(20)])) == [i * i for i in range(20)]
-    assert len(multiprocessing.active_children()) == 2
+    assert 1 <= len(multiprocessing.active_children()) <= 2  # the last to die may not be replaced yet
 
 
 def test_results_that_are_there_stay_when_all_die(workers: Workers) -> None:
@@ -89,5 +89,5 @@ if __name__ == "__main__":
 """)
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and done.stderr.startswith("error: a decoding process ended with exit code")
+    assert done.returncode == 1 and done.stderr.startswith("error: decoding processes end before they can work")
     assert done.stderr.count("\n") == 1
