@@ -29,6 +29,7 @@ def recipe(**changes) -> Fusion:
         "hidden": 16,
         "dropout": 0.3,
         "epochs": 3,
+        "epoch": "best",
         "batch_size": 16,
         "learning_rate": 0.003,
         "weight_decay": 0.0,

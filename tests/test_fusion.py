@@ -36,7 +36,7 @@ def test_a_model_among_others_equals_itself_alone(cores, monkeypatch):
         alone = Training(inputs, p, labels[s], Standardised(inputs, statistics, fold), p.seeds[s], fold)
         for _ in range(p.epochs):
             alone.run_epoch()
-        assert all(torch.equal(model.best[name], alone.best[name]) for name in alone.best)
+        assert all(torch.equal(model.kept.weights[name], alone.kept.weights[name]) for name in alone.kept.weights)
         assert torch.equal(model.softmax, alone.softmax) and model.curve == alone.curve
 
 
@@ -112,7 +112,7 @@ def test_best_epoch_is_the_first_of_equals_and_its_weights_are_kept():
     waf, weights, softmax = max(history, key=lambda epoch: epoch[0])  # the first of equals
     assert sum(epoch[0] == waf for epoch in history) > 1  # there are equals
     assert model.best_waf == pytest.approx(waf) and torch.equal(model.best_softmax, softmax)
-    assert all(torch.equal(model.best[name], values) for name, values in weights.items())
+    assert all(torch.equal(model.kept.weights[name], values) for name, values in weights.items())
 
 
 def test_a_model_that_fails_ends_the_others(monkeypatch):

@@ -186,6 +186,7 @@ class Fusion(Section):
     hidden: Positive
     dropout: Probability
     epochs: Positive
+    epoch: Literal["best", "common", "last"]
     batch_size: Positive
     learning_rate: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]

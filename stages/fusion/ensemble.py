@@ -29,7 +29,7 @@ def lane_count(device: torch.device, tasks: int) -> int:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """S x F models of one architecture, each at its best epoch, with its fold's standardisation."""
+    """S x F models of one architecture, each at the epoch that fusion.epoch chose, with its fold's standardisation."""
 
     architecture: Architecture
     label_names: tuple[str, ...]
@@ -37,6 +37,8 @@ class Ensemble:
     weights: dict[str, Tensor]  # the models' state dicts, stacked: (S, F, ...) float32
     statistics: Statistics  # per modality mean and scale (F, D)
     learned_from: dict[str, Any] = field(default_factory=dict)  # per modality its entry in data/modalities.json then
+    chosen: str = "best"  # fusion.epoch: how each model's epoch was chosen
+    epochs: list[list[int]] = field(default_factory=list)  # (S, F) those epochs, from 1
 
     @property
     def folds(self) -> int:
@@ -109,6 +111,7 @@ class Ensemble:
             "labels": list(self.label_names),
             "folds": self.folds,
             "seeds": list(self.seeds),
+            "epoch": {"chosen": self.chosen, "of_seed_and_fold": self.epochs},
             "learned_from": self.learned_from,
         }
         write_json(folder / "ensemble.json", description)
@@ -128,7 +131,8 @@ def load_ensemble(folder: str | Path) -> Ensemble:
             *(description[name] for name in ("hidden", "dropout", "modality_dropout", "keep_one")),
         )
         labels, seeds = tuple(description["labels"]), tuple(description["seeds"])
-        folds, learned_from = description["folds"], description["learned_from"]
+        folds, learned_from, epoch = description["folds"], description["learned_from"], description["epoch"]
+        chosen, epochs = epoch["chosen"], epoch["of_seed_and_fold"]
         with torch.device("meta"):
             shapes = {name: tuple(values.shape) for name, values in architecture.build().state_dict().items()}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -139,7 +143,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     for name, dimension in zip(architecture.modalities, architecture.dimensions, strict=True):
         mean, scale = (_tensor(path, tensors, f"standardize.{name}.{p}", (folds, dimension)) for p in ("mean", "scale"))
         statistics[name] = (mean, scale)
-    return Ensemble(architecture, labels, seeds, weights, statistics, learned_from)
+    return Ensemble(architecture, labels, seeds, weights, statistics, learned_from, chosen, epochs)
 
 
 def _tensor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
@@ -159,11 +163,12 @@ class Outputs:
     ensemble: Ensemble
     out_of_fold_best: Tensor  # (S, labelled, L) softmax by the clip's own fold's model at its best epoch
     out_of_fold_last: Tensor  # (S, labelled, L) the same at the last epoch
-    votes: Tensor  # (S, F, others, L) softmax of every fold's model at its best epoch
+    out_of_fold: Tensor  # (S, labelled, L) the same at the ensemble's epoch
+    votes: Tensor  # (S, F, others, L) softmax of every fold's model at the ensemble's epoch
     curves: Tensor  # (S, F, epochs, 3): train_loss, valid_loss, valid_waf in percent
 
 
-PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "votes", "curves")
+PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "out_of_fold", "votes", "curves")
 
 
 def curve_table(number: int, outputs: Outputs) -> pd.DataFrame:
