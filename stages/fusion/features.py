@@ -53,7 +53,7 @@ class Inputs:
     """N clips in manifest order. Row numbers everywhere in the fusion count these."""
 
     clip_ids: list[str]
-    splits: np.ndarray  # (N,) str: labelled, unlabelled or test
+    splits: np.ndarray  # (N,) str: labelled, unlabelled or test; any other takes no part
     labels: np.ndarray  # (N,) int64 class, -1 unless labelled
     folds: np.ndarray  # (N,) int64, -1 unless labelled
     label_names: tuple[str, ...]
@@ -71,7 +71,7 @@ class Inputs:
     @property
     def others(self) -> np.ndarray:
         """Rows of the unlabelled and test clips: the rows of the fold models' votes."""
-        return np.flatnonzero(self.splits != "labelled")
+        return np.flatnonzero(np.isin(self.splits, ("unlabelled", "test")))
 
     @property
     def device(self) -> torch.device:
