@@ -32,7 +32,12 @@ def recipe(**changes) -> Fusion:
         "epoch": "best",
         "batch_size": 16,
         "learning_rate": 0.003,
+        "optimizer": "adam",
         "weight_decay": 0.0,
+        "class_weights": "none",
+        "label_smoothing": 0.0,
+        "feature_noise": 0.0,
+        "mixup": 0.0,
         "seeds": [0, 7],
     }
     return Fusion(**{**small, **changes})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fusion_data import LABELS, make_inputs, raw_features, recipe, tiled
 from sklearn.metrics import f1_score
+from sklearn.utils.class_weight import compute_class_weight
 
 from stages import fusion
 from stages.fusion import ensemble as ensemble_module
@@ -22,10 +23,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---------------------------------------------------------------- models never meet
 
 
-@pytest.mark.parametrize("cores", [1, 2, 100])
-def test_a_model_among_others_equals_itself_alone(cores, monkeypatch):
+@pytest.mark.parametrize(("cores", "changes"), [(1, {}), (2, {}), (100, {}), (2, {"feature_noise": 0.2, "mixup": 0.4})])
+def test_a_model_among_others_equals_itself_alone(cores, changes, monkeypatch):
     monkeypatch.setattr(ensemble_module, "cores", lambda: cores)
-    p = recipe(epochs=4)
+    p = recipe(epochs=4, **changes)
     inputs, _ = make_inputs()  # folds of unequal size: some models have fewer batches than others
     labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)
     models = list(np.ndindex(2, 3))
@@ -45,8 +46,12 @@ def plain_training(inputs, p, seed, fold):
     initial, order, dropout = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3))
     torch.manual_seed(initial)
     model = training.architecture_of(inputs, p).build(torch.Generator().manual_seed(dropout))
-    adam = torch.optim.Adam(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer]
+    optimizer, weights = kind(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay), None
     learn = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))
+    if p.class_weights == "balanced":
+        balance = compute_class_weight("balanced", classes=np.arange(len(LABELS)), y=inputs.labels[learn])
+        weights = torch.tensor(balance, dtype=torch.float32)
     valid, present, features = np.flatnonzero(inputs.folds == fold), inputs.present.numpy(), []
     for i, modality in enumerate(inputs.modalities):
         raw = raw_features(modality, fold)
@@ -60,16 +65,20 @@ def plain_training(inputs, p, seed, fold):
         for start in range(0, len(shuffled), p.batch_size):
             rows = shuffled[start : start + p.batch_size]
             logits, _ = model([x[rows] for x in features], inputs.present[rows])
-            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(inputs.labels)[rows])
-            adam.zero_grad()
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(inputs.labels)[rows], weights,
+                                                     label_smoothing=p.label_smoothing)
+            optimizer.zero_grad()
             loss.backward()
-            adam.step()
+            optimizer.step()
         with torch.no_grad():
             history.append(model.eval()([x[valid] for x in features], inputs.present[valid])[0].softmax(dim=1))
     return history
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.1, "keep_one": False, "modality_dropout": 0.6}])
+@pytest.mark.parametrize("changes", [
+    {}, {"weight_decay": 0.1, "keep_one": False, "modality_dropout": 0.6},
+    {"weight_decay": 0.5, "optimizer": "adamw", "class_weights": "balanced", "label_smoothing": 0.2},
+])
 def test_equals_a_plain_torch_loop(changes):
     p = recipe(epochs=4, **changes)
     inputs, _ = make_inputs()

@@ -189,7 +189,12 @@ class Fusion(Section):
     epoch: Literal["best", "common", "last"]
     batch_size: Positive
     learning_rate: PositiveFloat
+    optimizer: Literal["adam", "adamw"]
     weight_decay: Annotated[float, Field(ge=0)]
+    class_weights: Literal["none", "balanced"]
+    label_smoothing: Probability
+    feature_noise: Annotated[float, Field(ge=0)]
+    mixup: Annotated[float, Field(ge=0)]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
 
 

@@ -155,18 +155,25 @@ class Training:
 
     def __init__(self, inputs: Inputs, recipe: Fusion, labels: np.ndarray, feed: Standardised, seed: int, fold: int):
         device = inputs.device
-        words = np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3)
-        initial, order, dropout = (int(word) for word in words)
+        words = np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(5)  # the first three as without the rest
+        initial, order, dropout, noise, mixing = (int(word) for word in words)
         self.order = torch.Generator().manual_seed(order)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(initial)
             self.model = architecture_of(inputs, recipe).build(torch.Generator(device).manual_seed(dropout)).to(device)
-        self.adam = torch.optim.Adam(self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay,
-                                     fused=True)
+        optimizer = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = optimizer(self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay,
+                                   fused=True)
         self.feed, self.batch, self.lock = feed, recipe.batch_size, Lock()
         self.classes = torch.from_numpy(labels).to(device)
         self.rows = torch.from_numpy(np.flatnonzero((labels >= 0) & (inputs.folds != fold)))
         self.valid = torch.from_numpy(np.flatnonzero(inputs.folds == fold))
+        self.noise = (recipe.feature_noise, torch.Generator(device).manual_seed(noise))
+        self.mixup = (recipe.mixup, np.random.default_rng(mixing))
+        self.smoothing, self.weights = recipe.label_smoothing, None
+        if recipe.class_weights == "balanced":
+            counts = torch.bincount(torch.from_numpy(labels)[self.rows], minlength=len(inputs.label_names))
+            self.weights = (len(self.rows) / (len(counts) * counts.clamp(min=1))).to(device)
         self.last = recipe.epochs if recipe.epoch == "last" else 0  # 0: `choice` decides what is kept
         self.choice, self.kept = Choice(1), Kept(0, {}, torch.empty(0))
         self.best_waf, self.best_softmax = -1.0, torch.empty(0)
@@ -194,13 +201,36 @@ class Training:
         total = torch.zeros((), device=self.classes.device)
         shuffled = self.rows[torch.randperm(len(self.rows), generator=self.order)].to(total.device)
         for rows in shuffled.split(self.batch):
-            logits, _ = self.model(*self.feed(rows))
-            loss = cross_entropy(logits, self.classes[rows])
-            self.adam.zero_grad()
+            loss = self.train_loss(*self.feed(rows), self.classes[rows])
+            self.optimizer.zero_grad()
             loss.backward()
-            self.adam.step()
+            self.optimizer.step()
             total += loss.detach() * len(rows)  # read once an epoch: reading makes a GPU wait
         return float(total) / len(self.rows)
+
+    def train_loss(self, features: list[Tensor], present: Tensor, classes: Tensor) -> Tensor:
+        """The batch's loss, after noise and mixup on its features, (B, D) each; `features` may be overwritten.
+
+        Mixup (Zhang et al. 2018): every clip is mixed with another of the batch, features and label distributions
+        alike, by one share per batch; the loss is linear in the distribution, so the losses are mixed. An absent
+        modality counts as the average clip, and the mixture has it if either has.
+        """
+        deviation, generator = self.noise
+        if deviation:
+            for i, x in enumerate(features):
+                noise = torch.randn(x.shape, device=x.device, generator=generator)
+                x.add_(noise.mul_(present[:, i, None]), alpha=deviation)
+        alpha, mixing = self.mixup
+        if not alpha:
+            return self._cross_entropy(self.model(features, present)[0], classes)
+        share, other = float(mixing.beta(alpha, alpha)), torch.from_numpy(mixing.permutation(len(classes)))
+        other = other.to(classes.device)
+        logits, _ = self.model([x[other].lerp(x, share) for x in features], present | present[other])
+        return (share * self._cross_entropy(logits, classes)
+                + (1 - share) * self._cross_entropy(logits, classes[other]))
+
+    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        return cross_entropy(logits, classes, weight=self.weights, label_smoothing=self.smoothing)
 
     @torch.inference_mode()
     def _validate(self) -> Tensor:
