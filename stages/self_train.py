@@ -47,7 +47,7 @@ def main() -> None:
         pseudo_labels.append(self_training.pseudo_label_table(inputs, done))
         curves.append(curve_table(done.number, done.outputs))
         test_probabilities.append(done.outputs.votes.mean(dim=1)[:, test])
-        waf = cross_validation(inputs, done.outputs)["waf_best_epoch"]
+        waf = cross_validation(inputs, done.outputs)["waf_last_epoch"]
         if p.self_training.select == "last" or waf > best:
             selected, best = done.outputs, waf
     if len(rows) <= p.self_training.rounds:

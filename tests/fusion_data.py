@@ -39,7 +39,8 @@ def recipe(**changes) -> Fusion:
 
 def rounds(**changes) -> SelfTraining:
     """Two rounds of two per class; `changes` override."""
-    small = {"rounds": 2, "k": 2, "pool": "accumulate", "agreement": 0, "include_test": True, "select": "last"}
+    small = {"rounds": 2, "k": 2, "voters": "ensemble", "pool": "accumulate", "agreement": 0, "include_test": True,
+             "select": "last"}
     return SelfTraining(**{**small, **changes})
 
 
@@ -85,8 +86,8 @@ def make_inputs(
 
 
 def tiled(inputs: Inputs, p: Fusion) -> np.ndarray:
-    """The labels for each seed, as `train` takes them."""
-    return np.tile(inputs.labels, (len(p.seeds), 1))
+    """The labelled clips' classes for each model, (S, F, N), as `train` takes them."""
+    return np.tile(inputs.labels, (len(p.seeds), inputs.fold_count, 1))
 
 
 def raw_features(modality: Modality, fold: int) -> np.ndarray:

@@ -195,10 +195,18 @@ class Fusion(Section):
 class SelfTraining(Section):
     rounds: NonNegative
     k: Positive
+    voters: Literal["ensemble", "fold"]
     pool: Literal["accumulate", "redraw"]
     agreement: NonNegative
     include_test: bool
     select: Literal["last", "best_cv"]
+
+    @model_validator(mode="after")
+    def _rounds_are_chosen_by_what_is_known(self) -> Self:
+        if self.select == "best_cv" and self.voters == "ensemble":
+            raise ValueError("self_training.select: found 'best_cv', expected 'last' with self_training.voters: "
+                             "ensemble, whose cross-validation has seen its validation clips' labels; set voters: fold")
+        return self
 
 
 class Evaluate(Section):

@@ -160,10 +160,11 @@ class Outputs:
     out_of_fold_best: Tensor  # (S, labelled, L) softmax by the clip's own fold's model at its best epoch
     out_of_fold_last: Tensor  # (S, labelled, L) the same at the last epoch
     votes: Tensor  # (S, F, others, L) softmax of every fold's model at its best epoch
+    votes_last: Tensor  # the same at the last epoch, or no clips, (S, F, 0, L), where nobody asked for it
     curves: Tensor  # (S, F, epochs, 3): train_loss, valid_loss, valid_waf in percent
 
 
-PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "votes", "curves")
+PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "votes", "votes_last", "curves")
 
 
 def curve_table(number: int, outputs: Outputs) -> pd.DataFrame:
