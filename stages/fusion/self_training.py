@@ -14,14 +14,16 @@ pool: accumulate   the k are chosen among the clips not yet taken, and keep thei
       redraw       round r chooses r * k per class afresh from the whole pool, so that a wrong one can be dropped
 agreement: n       a clip qualifies only if at least n unimodal classifiers call it what the voters call it. They
                    are trained once, on one modality each and the labelled clips only: no pseudo-label has influenced
-                   them. A classifier whose modality a clip lacks is not counted. They vote as `voters` says.
+                   them. A classifier whose modality a clip lacks is not counted. They vote as `voters` says. Each of
+                   self_training.voices, which learn from no label, counts like one of them where it ranked the clip
+threshold          a clip qualifies only with at least this probability, of all classes or by class
 
 A class with fewer than k candidates adds what there is (rounds.csv shows it). The rounds end early when nothing new
 is chosen. Every finished round is one file, so a killed run resumes after the last one, to the same bits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +33,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.engine.files import write_tensors
+from stages.engine.errors import PipelineError
+from stages.engine.files import read_rows, write_tensors
 from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.ensemble import PREDICTIONS, Ensemble, Outputs, cross_validation
 from stages.fusion.features import Inputs
@@ -39,6 +42,7 @@ from stages.fusion.training import train
 
 CHOSEN = {"seed": "int64", "fold": "int64", "row": "int64", "label": "int64", "confidence": "float32",
           "agreement": "int64"}
+VOICES = Path("data/voices.csv")  # of gather_features: what the voices that self_training.voices names rank first
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Round:
 
     number: int
     chosen: pd.DataFrame  # CHOSEN: position of the seed; fold, or -1 for all of them; row of Inputs; class; softmax;
-    # classifiers that agree, or -1
+    # classifiers and voices that agree, or -1
     outputs: Outputs
 
 
@@ -56,17 +60,19 @@ def no_pseudo_labels() -> pd.DataFrame:
     return pd.DataFrame({name: np.zeros(0, dtype) for name, dtype in CHOSEN.items()})
 
 
-def self_train(inputs: Inputs, fusion: Fusion, p: SelfTraining, start: Outputs, folder: Path) -> Iterator[Round]:
+def self_train(
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, candidates: np.ndarray, start: Outputs, folder: Path
+) -> Iterator[Round]:
     """Yield round 0, which `start` is, and the rounds after it, until p.rounds or until nothing new is chosen.
 
-    folder: where finished rounds are kept and picked up; it must belong to these inputs and parameters alone.
+    candidates: rows of the pool. folder: where finished rounds are kept and picked up; it must belong to these inputs
+    and parameters alone.
     """
     current, taken = Round(0, no_pseudo_labels(), start), no_pseudo_labels()
     yield current
-    candidates = pool_rows(inputs, p.include_test)
     if p.rounds == 0 or not len(candidates):
         return
-    opinions = _unimodal_opinions(inputs, fusion, p, folder) if p.agreement else None
+    opinions = _opinions(inputs, fusion, p, folder) if p.agreement else None
     for number in range(1, p.rounds + 1):
         path = folder / f"round-{number:02d}.safetensors"
         if path.exists():
@@ -104,9 +110,10 @@ def choose(
     """The pseudo-labels that round `number` draws: per voter and class the surest candidates; ties in manifest order.
 
     candidates: rows of the pool. votes: (S, V, others, L) of the round before, as `voters` gives them. opinions:
-    (S, V, modalities, others) classes, -1 where the modality is absent. taken: the pseudo-labels in use so far.
+    (S, V, opinions, others) classes, -1 where there is none. taken: the pseudo-labels in use so far.
     """
     position = np.searchsorted(inputs.others, candidates)
+    thresholds = np.array([p.threshold_of(label) for label in inputs.label_names], np.float32)
     count = p.k if p.pool == "accumulate" else p.k * number
     tables = []
     for seed, voter in np.ndindex(*votes.shape[:2]):
@@ -114,7 +121,7 @@ def choose(
         probabilities = votes[seed, voter, position].numpy()
         classes, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
         agreement = np.full(len(candidates), -1)
-        free = np.ones(len(candidates), bool)
+        free = confidence >= thresholds[classes]
         if opinions is not None:
             agreement = (opinions[seed, voter][:, position] == classes).sum(axis=0)
             free &= agreement >= p.agreement
@@ -150,6 +157,28 @@ def _train_round(
     return Round(number, chosen, outputs)
 
 
+def _opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path) -> np.ndarray:
+    """(S, V, modalities + p.voices, others) int64: the classes that count in agreement, -1 where there is none."""
+    unimodal, voices = _unimodal_opinions(inputs, fusion, p, folder), voice_opinions(inputs, p.voices)
+    return np.concatenate([unimodal, np.broadcast_to(voices, (*unimodal.shape[:2], *voices.shape))], axis=2)
+
+
+def voice_opinions(inputs: Inputs, names: Sequence[str]) -> np.ndarray:
+    """(names, others) int64: the class that each of these voices ranks first, -1 for a clip that it did not rank.
+
+    Raises PipelineError for a label that is none of the inputs'.
+    """
+    position = {inputs.clip_ids[row]: i for i, row in enumerate(inputs.others)}
+    opinions = np.full((len(names), len(position)), -1)
+    for row in read_rows(VOICES, ("clip_id", "voice", "label")) if names else ():
+        if row["label"] not in inputs.label_names:
+            raise PipelineError(f"{VOICES}: clip {row['clip_id']}: label {row['label']!r}, expected one of "
+                                f"{list(inputs.label_names)}")
+        if row["clip_id"] in position and row["voice"] in names:
+            opinions[names.index(row["voice"]), position[row["clip_id"]]] = inputs.label_names.index(row["label"])
+    return opinions
+
+
 def _unimodal_opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path) -> np.ndarray:
     """(S, V, modalities, others) int64: the class that each voter's unimodal classifier gives, -1 without an input."""
     path = folder / "unimodal.safetensors"
@@ -169,7 +198,9 @@ def _unimodal_opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: 
 # ---------------------------------------------------------------- tables
 
 
-def round_row(inputs: Inputs, p: SelfTraining, done: Round, in_use: pd.DataFrame) -> dict[str, float | int | None]:
+def round_row(
+    inputs: Inputs, p: SelfTraining, candidates: np.ndarray, done: Round, in_use: pd.DataFrame
+) -> dict[str, float | int | None]:
     """One row of rounds.csv. Counts are per seed and model, means over them; waf_std is the best epochs' deviation over
     seeds.
 
@@ -187,7 +218,7 @@ def round_row(inputs: Inputs, p: SelfTraining, done: Round, in_use: pd.DataFrame
         "added": round(len(done.chosen) / sets, 4),
         **{f"added_{name}": round(n, 4) for name, n in zip(inputs.label_names, by_class.tolist(), strict=True)},
         "mean_confidence": None if confidence is None else round(confidence, 6),
-        "pool_left": round(len(pool_rows(inputs, p.include_test)) - len(in_use) / sets, 4),
+        "pool_left": round(len(candidates) - len(in_use) / sets, 4),
     }
 
 
