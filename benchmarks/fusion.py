@@ -36,7 +36,7 @@ from stages.engine.devices import cores, lanes, pick_device, set_threads
 from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.architectures import Dropout, keep_modalities
 from stages.fusion.features import Inputs, Modality, Standardised, fold_statistics
-from stages.fusion.self_training import self_train
+from stages.fusion.self_training import pool_rows, self_train
 from stages.fusion.training import architecture_of, fit, train
 
 LABELS = ("neutral", "anger", "happiness", "sadness", "worry", "surprise")
@@ -60,12 +60,13 @@ recipe = Fusion(modalities=list(fusion.DIMENSIONS), standardize=True, modality_d
                 **({"missing": "off"} if engine == "batched" else {"architecture": "attention", **fusion.PLAIN}))
 inputs = fusion.random_inputs(0, fusion.torch.float32, "cpu")
 statistics, models = fusion.fold_statistics(inputs, True), [(0, fold) for fold in range(fusion.FOLDS)]
+labels = inputs.labels[None] if engine == "batched" else fusion.np.tile(inputs.labels, (1, fusion.FOLDS, 1))
 groups = fusion.groups_of_folds(inputs, recipe) if engine == "vmap" else []
 def turn():
     if groups:
         fusion.run_groups(groups)
     else:
-        fusion.fit(inputs, recipe, inputs.labels[None], statistics, models, engine)
+        fusion.fit(inputs, recipe, labels, statistics, models, engine)
 for _ in sys.stdin:  # a line is a turn
     print(fusion.seconds(turn) / epochs, flush=True)
 """
@@ -130,12 +131,13 @@ def engines(turns: int, epochs: int = 2) -> None:
 def whole(fusion: Fusion, rounds: int, device: str) -> None:
     """Round 0 and the rounds after it, as train_fusion and self_train run them."""
     inputs = random_inputs(UNLABELLED, torch.float16, device)
-    p = SelfTraining(rounds=rounds, k=10, pool="accumulate", agreement=0, include_test=True, select="last")
+    p = SelfTraining(rounds=rounds, k=10, voters="ensemble", pool="accumulate", threshold=0, agreement=0,
+                     voices=[], include_test=True, select="last")
     start = time.perf_counter()
-    first = train(inputs, fusion, np.tile(inputs.labels, (len(fusion.seeds), 1)), "round 0")
+    first = train(inputs, fusion, np.tile(inputs.labels, (len(fusion.seeds), FOLDS, 1)), "round 0")
     before = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        done = sum(1 for _ in self_train(inputs, fusion, p, first, Path(folder))) - 1
+        done = sum(1 for _ in self_train(inputs, fusion, p, pool_rows(inputs, True), first, Path(folder))) - 1
     end = time.perf_counter()
     print(f"{len(fusion.seeds)} seeds x {FOLDS} folds x {fusion.epochs} epochs, {UNLABELLED} unlabelled: round 0 "
           f"{before - start:.0f} s, self-training ({done} rounds) {end - before:.0f} s")
@@ -148,7 +150,7 @@ def beside_the_baseline(fusion: Fusion, device: str) -> None:
     models = [(0, fold) for fold in range(FOLDS)]
 
     def ours() -> None:
-        fit(inputs, recipe, inputs.labels[None], statistics_, models, "ours")
+        fit(inputs, recipe, np.tile(inputs.labels, (1, FOLDS, 1)), statistics_, models, "ours")
 
     def loop() -> None:
         for _ in range(TURN):

@@ -1,9 +1,11 @@
-"""Stage gather_features: which features the fusion uses, and which clips lack what.
+"""Stage gather_features: which features the fusion uses, which clips lack what, and what self-training's voices say.
 
 It stands between the extractors and the fusion so that a row added to `extractors` does not retrain a fusion
 that does not use it: features/ changes, this stage reruns in a second, data/modalities.json stays the same.
+So too with the rankings: data/voices.csv changes where a voice does that self_training.voices names, else never.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import write_json, write_rows
 from stages.engine.params import load_fusion
 from stages.engine.store import Store
+from stages.rankings.voices import PATH, read_voices
 
 MEDIA = {"extract_audio": "data/audio", "slice_frames": "data/frames", "crop_faces": "data/faces"}
 
@@ -53,12 +56,23 @@ def skipped(modalities: dict[str, Store]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def first_ranked(voices: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(clip_id, voice, the label that the voice ranks first) wherever one of these voices ranked a clip."""
+    found = read_voices() if voices else {}
+    for name in voices:
+        if not found.get(name):
+            raise PipelineError(f"{PATH}: found no clip that {name!r} ranked, but self_training.voices names it; take "
+                                f"it out there, or make the rankings anew: dvc repro -f -s rank_emotions")
+    return [(clip_id, name, ranking[0]) for name in voices for clip_id, ranking in found[name].items()]
+
+
 def main() -> None:
     p = load_fusion()
     modalities = {name: open_modality(name) for name in p.fusion.modalities}
     described = [describe_modality(name, store) for name, store in modalities.items()]
     write_json("data/modalities.json", {"modalities": described})
     write_rows("reports/skipped.csv", ["clip_id", "stage", "present", "reason"], sorted(skipped(modalities)))
+    write_rows("data/voices.csv", ["clip_id", "voice", "label"], first_ranked(p.self_training.voices))
 
 
 if __name__ == "__main__":

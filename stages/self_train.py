@@ -11,8 +11,9 @@ from stages.engine.files import replacing
 from stages.engine.fingerprint import PARTS, stage_fingerprint
 from stages.engine.params import load_fusion
 
-READ = ("data/manifest.csv", "data/folds.csv", "data/modalities.json", "models/fusion/ensemble.safetensors",
-        "models/fusion/predictions.safetensors")  # the features themselves are in modalities.json, as digests
+READ = ("data/manifest.csv", "data/folds.csv", "data/modalities.json", "data/voices.csv",
+        "models/fusion/ensemble.safetensors", "models/fusion/predictions.safetensors")
+# The features themselves are in modalities.json, as digests
 
 
 def main() -> None:
@@ -31,9 +32,6 @@ def main() -> None:
     start = load_outputs(Path("models/fusion"))
     if list(start.ensemble.seeds) != p.fusion.seeds or start.votes.shape[2] != len(inputs.others):
         raise PipelineError("models/fusion: found models of other seeds or clips; run dvc repro train_fusion")
-    if p.self_training.agreement > len(p.fusion.modalities):
-        raise PipelineError(f"params.yaml: self_training.agreement: found {p.self_training.agreement}, expected at "
-                            f"most the number of fusion.modalities ({len(p.fusion.modalities)})")
     content = b"".join(hashlib.sha256(Path(path).read_bytes()).digest() for path in READ)
     folder = PARTS / "self_train" / stage_fingerprint("self_train", content)
 
@@ -41,13 +39,14 @@ def main() -> None:
     in_use = self_training.no_pseudo_labels()
     rows, pseudo_labels, curves, test_probabilities = [], [], [], []
     selected, best = start, -1.0
-    for done in self_training.self_train(inputs, p.fusion, p.self_training, start, folder):
+    pool = self_training.pool_rows(inputs, p.transductive)
+    for done in self_training.self_train(inputs, p.fusion, p.self_training, pool, start, folder):
         in_use = self_training.pseudo_labels_in_use(p.self_training, in_use, done.chosen)
-        rows.append(self_training.round_row(inputs, p.self_training, done, in_use))
+        rows.append(self_training.round_row(inputs, p.self_training, pool, done, in_use))
         pseudo_labels.append(self_training.pseudo_label_table(inputs, done))
         curves.append(curve_table(done.number, done.outputs))
         test_probabilities.append(done.outputs.votes.mean(dim=1)[:, test])
-        waf = cross_validation(inputs, done.outputs)["waf_best_epoch"]
+        waf = cross_validation(inputs, done.outputs)["waf_last_epoch"]
         if p.self_training.select == "last" or waf > best:
             selected, best = done.outputs, waf
     if len(rows) <= p.self_training.rounds:

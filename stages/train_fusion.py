@@ -19,8 +19,8 @@ def main() -> None:
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
     set_threads(True)  # models are computed side by side, each by one thread
-    labels = np.tile(inputs.labels, (len(p.fusion.seeds), 1))
-    outputs = train(inputs, p.fusion, labels, "train_fusion")
+    labels = np.tile(inputs.labels, (len(p.fusion.seeds), inputs.fold_count, 1))
+    outputs = train(inputs, p.fusion, labels, "train_fusion", votes_last=True)
     save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
     figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
     counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.parameters_per_model}

@@ -74,8 +74,8 @@ def fabricate(root: Path, confidence: float = 3.0, frames: bool = True, seed: in
         for i, clip in enumerate(pool.sample(36, random_state=s).itertuples()):
             wrong = i % 9 == 0                      # 4 of 36
             rows.append((1 + i // 12, clip.clip_id, LABELS[(LABELS.index(clip.label) + wrong) % 6],
-                         round(0.99 - 0.01 * i, 4), 0, s))
-    pd.DataFrame(rows, columns=["round", "clip_id", "label", "confidence", "agreement", "seed"]).to_csv(
+                         round(0.99 - 0.01 * i, 4), 0, s, ""))
+    pd.DataFrame(rows, columns=["round", "clip_id", "label", "confidence", "agreement", "seed", "fold"]).to_csv(
         root / "reports/pseudo_labels.csv", index=False)
     pd.DataFrame([("labelled_003", "extract_audio", "false", "no audio stream"),
                   ("test_001", "crop_faces", "true", "truncated <after> 3 frames")],

@@ -45,7 +45,8 @@ def recipe(**changes) -> Fusion:
 
 def rounds(**changes) -> SelfTraining:
     """Two rounds of two per class; `changes` override."""
-    small = {"rounds": 2, "k": 2, "pool": "accumulate", "agreement": 0, "include_test": True, "select": "last"}
+    small = {"rounds": 2, "k": 2, "voters": "ensemble", "pool": "accumulate", "threshold": 0, "agreement": 0,
+             "voices": [], "include_test": True, "select": "last"}
     return SelfTraining(**{**small, **changes})
 
 
@@ -91,8 +92,8 @@ def make_inputs(
 
 
 def tiled(inputs: Inputs, p: Fusion) -> np.ndarray:
-    """The labels for each seed, as `train` takes them."""
-    return np.tile(inputs.labels, (len(p.seeds), 1))
+    """The labelled clips' classes for each model, (S, F, N), as `train` takes them."""
+    return np.tile(inputs.labels, (len(p.seeds), inputs.fold_count, 1))
 
 
 def raw_features(modality: Modality, fold: int) -> np.ndarray:
@@ -119,6 +120,7 @@ def write_run(root: Path, inputs: Inputs) -> None:
     rows = [(inputs.clip_ids[row], inputs.folds[row]) for row in inputs.labelled]
     write_rows(root / "data/folds.csv", ["clip_id", "fold"], rows)
     entries = [_write_modality(root, inputs, modality) for modality in inputs.modalities]
+    write_rows(root / "data/voices.csv", ["clip_id", "voice", "label"], [])
     (root / "data/modalities.json").write_text(json.dumps({"modalities": entries}))
 
 

@@ -34,7 +34,7 @@ def test_a_model_among_others_equals_itself_alone(cores, changes, monkeypatch):
     assert len({len(model.rows) for model in together}) > 1
     for model, (s, fold) in zip(together, models, strict=True):
         torch.rand(17)  # nor does torch's own generator matter
-        alone = Training(inputs, p, labels[s], Standardised(inputs, statistics, fold), p.seeds[s], fold)
+        alone = Training(inputs, p, labels[s, fold], Standardised(inputs, statistics, fold), p.seeds[s], fold)
         for _ in range(p.epochs):
             alone.run_epoch()
         assert all(torch.equal(model.kept.weights[name], alone.kept.weights[name]) for name in alone.kept.weights)

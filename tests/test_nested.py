@@ -39,7 +39,7 @@ def test_equals_a_corpus_without_the_outer_fold():
         LABELS,
         tuple(modalities),
     )
-    outputs = train(small, p, np.tile(small.labels, (2, 1)), "test")
+    outputs = train(small, p, np.tile(small.labels, (2, small.fold_count, 1)), "test")
     assert torch.equal(found.probabilities[:, rows_of(inputs, 1)], outputs.votes.mean(dim=1))
     assert found.inner.shape == (2, 4)
     for s in range(2):
@@ -57,7 +57,7 @@ def test_outer_labels_change_nothing_in_what_predicts_them():
         labels = inputs.labels.copy()
         labels[inputs.folds == fold] = (labels[inputs.folds == fold] + 1) % len(LABELS)
         changed = dataclasses.replace(inputs, labels=labels)
-        models = [train(without_fold(i, fold), p, np.tile(without_fold(i, fold).labels, (2, 1)), "test").ensemble
+        models = [train(without_fold(i, fold), p, np.tile(without_fold(i, fold).labels, (2, i.fold_count - 1, 1)), "test").ensemble
                   for i in (inputs, changed)]
         assert all(torch.equal(v, models[1].weights[name]) for name, v in models[0].weights.items())
         after = nested(changed, p)

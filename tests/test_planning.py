@@ -45,6 +45,7 @@ def change(**values: Any) -> Params:
     (["clip"], {}, {"faces", "transcripts.csv"}),
     (["emovclip"], {}, {"frames", "emovclip", "transcripts.csv"}),
     (["baichuan"], {}, {"transcripts.csv", "rankings.jsonl"}),
+    (["acoustic"], {"self_training__voices": ["ranking"]}, {"audio", "transcripts.csv", "rankings.jsonl"}),
     (["baichuan"], {"extractors__baichuan__input": "transcripts.csv"}, {"transcripts.csv"}),
     (["baichuan"], {"transcribe__checkpoint": "openai/whisper-tiny"}, {"audio", "transcripts.csv", "rankings.jsonl"}),
     (["clip"], {"transcribe__checkpoint": "openai/whisper-tiny"}, {"faces"}),

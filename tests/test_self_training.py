@@ -1,6 +1,7 @@
 """Self-training: which clips are chosen, their effect, resuming to the same bits, the stage's files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from stages import self_train as stage
 from stages import train_fusion
 from stages.engine.errors import PipelineError
 from stages.fusion import self_training
-from stages.fusion.self_training import choose, no_pseudo_labels, pool_rows, pseudo_labels_in_use, self_train
+from stages.fusion.self_training import choose, no_pseudo_labels, pool_rows, pseudo_labels_in_use
 from stages.fusion.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,11 +23,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make_votes(inputs, seed=0, sharpness=2.0):
     generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(2, 3, len(inputs.others), len(LABELS), generator=generator)).softmax(dim=-1)
+    votes = (sharpness * torch.randn(2, 3, len(inputs.others), len(LABELS), generator=generator)).softmax(dim=-1)
+    return votes.mean(dim=1, keepdim=True)  # as `voters` gives those of an ensemble of three folds
 
 
 def start_of(inputs, p):
-    return train(inputs, p, tiled(inputs, p), "test")
+    return train(inputs, p, tiled(inputs, p), "test", votes_last=True)
+
+
+def self_train(inputs, p, settings, start, folder):
+    pool = pool_rows(inputs, include_test=True)
+    return self_training.self_train(inputs, p, settings, pool, start, folder)
 
 
 # ---------------------------------------------------------------- choosing
@@ -46,7 +53,7 @@ def test_the_k_surest_of_each_class():
     chosen = choose(inputs, candidates, votes, None, no_pseudo_labels(), 1, rounds(k=3))
     position = {row: i for i, row in enumerate(inputs.others)}
     for seed in range(2):
-        mean = votes[seed].mean(dim=0).numpy()
+        mean = votes[seed, 0].numpy()
         for label in range(len(LABELS)):
             mine = chosen[(chosen["seed"] == seed) & (chosen["label"] == label)]
             sure = sorted(
@@ -60,7 +67,7 @@ def test_the_k_surest_of_each_class():
 
 def test_ties_go_by_manifest_order():
     inputs, _ = make_inputs()
-    votes = torch.full((2, 3, len(inputs.others), len(LABELS)), 0.1)
+    votes = torch.full((2, 1, len(inputs.others), len(LABELS)), 0.1)
     votes[..., 1] = 0.7
     chosen = choose(inputs, pool_rows(inputs, True), votes, None, no_pseudo_labels(), 1, rounds(k=4))
     assert chosen["row"].tolist() == 2 * inputs.others[:4].tolist()
@@ -93,10 +100,10 @@ def test_k_larger_than_the_pool_takes_what_there_is():
 def test_agreement_wants_a_second_opinion():
     inputs, _ = make_inputs()
     votes, candidates = make_votes(inputs), pool_rows(inputs, True)
-    called = votes.mean(dim=1).argmax(dim=-1).numpy()
+    called = votes.argmax(dim=-1).numpy()
     generator = np.random.default_rng(0)
-    opinions = np.where(generator.random((2, 3, len(inputs.others))) < 0.5, called[:, None], -1)
-    agreeing = (opinions == called[:, None]).sum(axis=1)
+    opinions = np.where(generator.random((2, 1, 3, len(inputs.others))) < 0.5, called[:, :, None], -1)
+    agreeing = (opinions == called[:, :, None]).sum(axis=2)[:, 0]
     for wanted in (1, 2, 3):
         chosen = choose(inputs, candidates, votes, opinions, no_pseudo_labels(), 1, rounds(k=1000, agreement=wanted))
         position = np.searchsorted(inputs.others, chosen["row"])
@@ -107,29 +114,64 @@ def test_agreement_wants_a_second_opinion():
 # ---------------------------------------------------------------- rounds
 
 
-def test_pseudo_labels_are_learned_and_never_validated(tmp_path, monkeypatch):
+@pytest.mark.parametrize("voters", ["ensemble", "fold"])
+def test_pseudo_labels_are_learned_and_never_validated(tmp_path, monkeypatch, voters):
     inputs, _ = make_inputs()
     p, seen = recipe(epochs=2), []
     start = start_of(inputs, p)
 
-    def spy(inputs, fusion, labels, name):
+    def spy(inputs, fusion, labels, name, votes_last):
         seen.append(labels)
-        return train(inputs, fusion, labels, name)
+        return train(inputs, fusion, labels, name, votes_last)
 
     monkeypatch.setattr(self_training, "train", spy)
-    done = list(self_train(inputs, p, rounds(), start, tmp_path))
+    done = list(self_train(inputs, p, rounds(voters=voters), start, tmp_path))
     assert [d.number for d in done] == [0, 1, 2]
     assert done[0].outputs is start and done[0].chosen.empty
     for number, labels in enumerate(seen, start=1):
         taken = pd.concat([d.chosen for d in done[1 : number + 1]])
         for seed in range(2):
-            mine = taken[taken["seed"] == seed]
-            assert (labels[seed, mine["row"]] == mine["label"]).all()
-            assert (labels[seed] >= 0).sum() == len(inputs.labelled) + len(mine)
-            assert (inputs.folds[mine["row"]] == -1).all()  # in no fold: in every training part, in no validation
-            assert (labels[seed, inputs.labelled] == inputs.labels[inputs.labelled]).all()
+            for fold in range(3):
+                mine = taken[(taken["seed"] == seed) & (taken["fold"] == (fold if voters == "fold" else -1))]
+                assert 0 < len(mine) <= number * 2 * len(LABELS)
+                assert (labels[seed, fold, mine["row"]] == mine["label"]).all()
+                assert (labels[seed, fold] >= 0).sum() == len(inputs.labelled) + len(mine)
+                assert (inputs.folds[mine["row"]] == -1).all()  # in no fold: in every training part, in no validation
+                assert (labels[seed, fold, inputs.labelled] == inputs.labels[inputs.labelled]).all()
     assert not torch.equal(done[1].outputs.votes, done[2].outputs.votes)
     assert done[2].outputs.out_of_fold_best.shape == start.out_of_fold_best.shape
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "redraw", "agreement": 1}])
+def test_validation_labels_touch_nothing_that_their_fold_learns_from(tmp_path, changes):
+    """With voters: fold. With the ensemble they do: the other folds' models learn from them, and vote."""
+    p, fold = recipe(epochs=3), 1
+    inputs, _ = make_inputs()
+    labels, valid = inputs.labels.copy(), np.flatnonzero(inputs.folds == fold)
+    labels[valid] = np.random.default_rng(0).permutation(labels[valid])
+    permuted = replace(inputs, labels=labels)
+    assert (labels != inputs.labels).sum() > 5
+
+    def learned(inputs, voters):
+        """Per round the fold's pseudo-labels, its losses, and what its models of the last epoch say of every clip."""
+        folder = tmp_path / f"{voters}-{inputs is permuted}"
+        for done in self_train(inputs, p, rounds(voters=voters, **changes), start_of(inputs, p), folder):
+            mine = done.chosen[done.chosen["fold"].isin([fold, -1])].reset_index(drop=True)
+            own = inputs.folds[inputs.labelled] == fold
+            outputs = done.outputs
+            yield mine, outputs.curves[:, fold, :, 0], outputs.out_of_fold_last[:, own], outputs.votes_last[:, fold]
+
+    one, other = (list(learned(which, "fold")) for which in (inputs, permuted))
+    assert len(one) == len(other) == 3
+    for (chosen, *tensors), (chosen_too, *tensors_too) in zip(one, other, strict=True):
+        pd.testing.assert_frame_equal(chosen, chosen_too)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_too, strict=True))
+    assert all(len(chosen) for chosen, *_ in one[1:])
+    one, other = (list(learned(which, "ensemble")) for which in (inputs, permuted))
+    assert torch.equal(one[0][2], other[0][2])  # round 0, before anybody has voted
+    for (chosen, losses, own, _), (chosen_too, losses_too, own_too, _) in zip(one[1:], other[1:], strict=True):
+        assert not chosen.equals(chosen_too)
+        assert not torch.equal(losses, losses_too) and not torch.equal(own, own_too)
 
 
 def test_rounds_raise_the_score_where_labels_are_few(tmp_path):
@@ -143,7 +185,10 @@ def test_rounds_raise_the_score_where_labels_are_few(tmp_path):
     assert accuracy[-1] > accuracy[0] + 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "redraw"}, {"agreement": 1}])
+@pytest.mark.parametrize("changes", [
+    {}, {"pool": "redraw"}, {"agreement": 1}, {"voters": "fold"},
+    {"voters": "fold", "pool": "redraw", "agreement": 1},
+])
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, changes):
     p, inputs = recipe(epochs=2), make_inputs()[0]
     start = start_of(inputs, p)
@@ -156,9 +201,9 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, changes):
             next(iterator)
     trained = []
 
-    def spy(inputs, fusion, labels, name):
+    def spy(inputs, fusion, labels, name, votes_last):
         trained.append(name)
-        return train(inputs, fusion, labels, name)
+        return train(inputs, fusion, labels, name, votes_last)
 
     monkeypatch.setattr(self_training, "train", spy)
     resumed = list(self_train(inputs, p, rounds(rounds=3, **changes), start, tmp_path / "killed"))
@@ -221,8 +266,9 @@ def test_stage_writes_rounds_and_pseudo_labels(run):
     assert table["waf_best_epoch"][0] == cv["waf_best_epoch"] and table["waf_last_epoch"][0] == cv["waf_last_epoch"]
 
     labels = pd.read_csv("reports/pseudo_labels.csv")
-    assert labels.columns.tolist() == ["round", "clip_id", "label", "confidence", "agreement", "seed"]
-    assert labels["agreement"].isna().all() and set(labels["seed"]) == {0, 7} and set(labels["label"]) <= set(LABELS)
+    assert labels.columns.tolist() == ["round", "clip_id", "label", "confidence", "agreement", "seed", "fold"]
+    assert labels["agreement"].isna().all() and labels["fold"].isna().all()
+    assert set(labels["seed"]) == {0, 7} and set(labels["label"]) <= set(LABELS)
     assert labels.groupby("round").size().tolist() == (2 * table["added"][1:]).tolist()
     assert not labels.duplicated(["seed", "clip_id"]).any()
 
@@ -241,18 +287,29 @@ def test_stage_writes_rounds_and_pseudo_labels(run):
     assert outputs() == before
 
 
+def test_folds_that_choose_alone_are_counted_by_model(run):
+    run_stages(rounds(rounds=3, voters="fold"))
+    table, labels = pd.read_csv("reports/rounds.csv"), pd.read_csv("reports/pseudo_labels.csv")
+    assert set(zip(labels["seed"], labels["fold"], strict=True)) == {(s, f) for s in (0, 7) for f in range(3)}
+    assert not labels.duplicated(["seed", "fold", "clip_id"]).any() and labels.duplicated(["seed", "clip_id"]).any()
+    assert table["added"].max() <= 2 * len(LABELS)
+    assert labels.groupby("round").size().tolist() == pytest.approx((6 * table["added"][1:]).tolist(), abs=0.01)
+    assert table["pool_left"].tolist() == pytest.approx((44 - table["added"].cumsum()).tolist(), abs=0.01)
+
+
 def test_no_rounds_is_round_0(run):
     run_stages(rounds(rounds=0))
     for name in ("ensemble.safetensors", "ensemble.json", "predictions.safetensors", "clips.csv", "curves.csv"):
         assert Path("models/self_training", name).read_bytes() == Path("models/fusion", name).read_bytes()
     assert len(pd.read_csv("reports/rounds.csv")) == 1
-    assert Path("reports/pseudo_labels.csv").read_text() == "round,clip_id,label,confidence,agreement,seed\n"
+    assert Path("reports/pseudo_labels.csv").read_text() == "round,clip_id,label,confidence,agreement,seed,fold\n"
 
 
 def test_selects_the_best_round(run):
-    run_stages(rounds(rounds=3, select="best_cv"))
+    run_stages(rounds(rounds=3, voters="fold", select="best_cv"), recipe(epochs=6))
     table = pd.read_csv("reports/rounds.csv")
-    best = int(table["waf_best_epoch"].to_numpy().argmax())
+    best = int(table["waf_last_epoch"].to_numpy().argmax())
+    assert best not in (0, 3)  # else nothing would tell it from the first or the last
     chosen = load_file("models/self_training/predictions.safetensors")["votes"].mean(dim=1)
     test = torch.from_numpy(run.splits[run.others] == "test")
     expected = load_file("models/self_training/rounds.safetensors")["test_probabilities"][best]
@@ -263,11 +320,6 @@ def test_agreement_is_reported(run):
     run_stages(rounds(agreement=2, rounds=1))
     labels = pd.read_csv("reports/pseudo_labels.csv")
     assert labels["agreement"].between(2, 3).all()
-
-
-def test_agreement_beyond_the_modalities_is_refused(run):
-    with pytest.raises(PipelineError, match=r"self_training.agreement: found 4, expected at most .*\(3\)"):
-        run_stages(rounds(agreement=4))
 
 
 def test_models_of_other_seeds_are_refused(run):

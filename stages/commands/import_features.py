@@ -188,6 +188,9 @@ def make_params(values: Any, classes: Sequence[str], modalities: Sequence[str], 
     made.update({section: values[section] for section in SECTIONS})
     made["fusion"]["modalities"] = _in_one_line(modalities)
     made["fusion"].yaml_add_eol_comment("folders in features/", "modalities")
+    made["self_training"]["voices"] = _in_one_line([])  # there are no rankings
+    if isinstance(made["self_training"]["threshold"], dict):  # by the repository's labels
+        made["self_training"]["threshold"] = 0
     if not unlabelled:
         made["self_training"]["rounds"] = 0
         made["self_training"].yaml_add_eol_comment("off: no unlabelled clips were imported [paper: 10]", "rounds")

@@ -8,7 +8,7 @@ YAML 1.2 through ruamel.yaml as DVC reads it (`off` is a string, 1e-4 a number).
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -21,6 +21,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quality = Annotated[int, Field(ge=1, le=100)]
+UNSHOWN = ("int", "literal['auto']", "[key]", "[number]", "[by label]")  # parts of a fault's place that are pydantic's
 P = TypeVar("P", bound=BaseModel)
 
 
@@ -201,10 +202,28 @@ class Fusion(Section):
 class SelfTraining(Section):
     rounds: NonNegative
     k: Positive
+    voters: Literal["ensemble", "fold"]
     pool: Literal["accumulate", "redraw"]
+    threshold: Annotated[
+        Annotated[Fraction, Tag("[number]")] | Annotated[dict[str, Fraction], Tag("[by label]")],
+        Discriminator(lambda value: "[by label]" if isinstance(value, dict) else "[number]"),
+    ]
     agreement: NonNegative
-    include_test: bool
+    voices: list[str]
+    include_test: Literal["auto"] | bool
     select: Literal["last", "best_cv"]
+
+    @model_validator(mode="after")
+    def _rounds_are_chosen_by_what_is_known(self) -> Self:
+        if self.select == "best_cv" and self.voters == "ensemble":
+            raise ValueError("self_training.select: found 'best_cv', expected 'last' with self_training.voters: "
+                             "ensemble, whose cross-validation has seen its validation clips' labels; set voters: fold")
+        if len(set(self.voices)) != len(self.voices):
+            raise ValueError(f"self_training.voices: found {self.voices}, expected each name once")
+        return self
+
+    def threshold_of(self, label: str) -> float:
+        return self.threshold.get(label, 0.0) if isinstance(self.threshold, dict) else self.threshold
 
 
 class Evaluate(Section):
@@ -251,11 +270,38 @@ class FusionParams(Section):
             raise ValueError(f"fusion.modalities: found {self.fusion.modalities}, expected each name once")
         return self
 
+    @model_validator(mode="after")
+    def _self_training_fits(self) -> Self:
+        p, modalities = self.self_training, len(self.fusion.modalities)
+        if p.agreement > modalities + len(p.voices):
+            raise ValueError(f"self_training.agreement: found {p.agreement}, expected at most the number of "
+                             f"fusion.modalities ({modalities}) and self_training.voices ({len(p.voices)}) together")
+        for label in p.threshold if isinstance(p.threshold, dict) else ():
+            if label not in self.corpus.labels:
+                raise ValueError(f"self_training.threshold: found {label!r}, expected some of corpus.labels "
+                                 f"{self.corpus.labels}")
+        return self
+
+    @property
+    def transductive(self) -> bool:
+        """Whether test clips, without their labels, may get pseudo-labels. auto: in MER's challenges alone, which give
+        the test clips out to be used so."""
+        include = self.self_training.include_test
+        included = self.corpus.adapter.startswith("mer") if include == "auto" else include
+        return included and self.self_training.rounds > 0
+
 
 class ImportedParams(FusionParams):
     """The whole params.yaml of a folder that stages.commands.import_features made."""
 
     corpus: ImportedCorpus
+
+    @model_validator(mode="after")
+    def _there_are_no_voices(self) -> Self:
+        if self.self_training.voices:
+            raise ValueError(f"self_training.voices: found {self.self_training.voices}, expected []: a folder of "
+                             f"imported features has no rankings")
+        return self
 
 
 class Params(FusionParams):
@@ -277,6 +323,15 @@ class Params(FusionParams):
         for name in self.fusion.modalities:
             if name not in self.extractors:
                 raise ValueError(f"fusion.modalities: found {name!r}, expected some of {sorted(self.extractors)}")
+        return self
+
+    @model_validator(mode="after")
+    def _voices_exist(self) -> Self:
+        known = ["ranking", *self.rankings.providers]
+        for name in self.self_training.voices:
+            if name not in known:
+                raise ValueError(f"self_training.voices: found {name!r}, expected some of {known}: ranking is the "
+                                 f"voice that `rankings` describes, others are keys of rankings.providers")
         return self
 
 
@@ -314,7 +369,7 @@ def describe(error: ValidationError) -> str:
     """The first fault as `key: found VALUE, expected ...`, and how many more there are."""
     faults = error.errors()
     first = faults[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['auto']", "[key]"))
+    key = ".".join(str(part) for part in first["loc"] if part not in UNSHOWN)
     found = first["input"]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         text = f"{key}: unknown parameter (found {_short(found)}); remove it or correct its name"

@@ -97,7 +97,7 @@ def read_run(labels: list[str]) -> Run:
         rounds=read_csv(Path("reports/rounds.csv")),
         round_probabilities=probabilities,
         pseudo_labels=read_csv(Path("reports/pseudo_labels.csv"), text=True).astype(
-            {"round": int, "seed": int, "confidence": float}),
+            {"round": int, "seed": int, "confidence": float}),  # fold is empty where the ensemble chose
         curves=read_csv(Path("models/fusion/curves.csv")),
         skipped=read_csv(Path("reports/skipped.csv"), text=True),
         duplicates=read_duplicates(),

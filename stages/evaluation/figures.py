@@ -14,7 +14,7 @@ test.ensemble_waf    the seeds' softmaxes averaged too: what predictions.csv and
 unlabelled           like test, over the unlabelled clips whose truth is known.
 round0               the same figures before self-training. From round 1 on, cv is a little optimistic: the
                      pseudo-labels come from an ensemble whose other folds have seen this fold's labels.
-pseudo_labels        accuracy over those whose truth is known; count per seed, mean.
+pseudo_labels        accuracy over those whose truth is known; count per seed and model, mean.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,9 +94,10 @@ def pseudo_label_correct(run: Run) -> pd.Series:
 
 
 def pseudo_label_scores(run: Run) -> dict[str, Any]:
-    """Mean count per seed, and accuracy where the truth is known of any."""
+    """Mean count per seed and model, and accuracy where the truth is known of any."""
     correct = pseudo_label_correct(run)
-    scores = {"count": len(correct) / len(run.final.votes)}
+    seeds, folds = run.final.votes.shape[:2]
+    scores = {"count": len(correct) / (seeds * (folds if (run.pseudo_labels["fold"] != "").any() else 1))}
     return {**scores, "accuracy": 100 * float(correct.mean())} if correct.notna().any() else scores
 
 

@@ -107,7 +107,7 @@ def pseudo_labels(run: Run) -> dict[str, Any]:
             "clip_id": entry["clip_id"], "label": entry["label"], "chosen": [],
             "correct": None if np.isnan(right) else bool(right),
             "split": run.manifest.loc[entry["clip_id"], "split"], "votes": votes(entry["clip_id"])})
-        row["chosen"].append({key: entry[key] for key in ("seed", "round", "confidence", "agreement")})
+        row["chosen"].append({key: entry[key] for key in ("seed", "fold", "round", "confidence", "agreement")})
     ordered = sorted(rows.values(), key=lambda row: min(choice["round"] for choice in row["chosen"]))
     return {"rows": ordered[:PSEUDO_LABELS], "total": len(ordered)}
 

@@ -165,10 +165,11 @@ class Outputs:
     out_of_fold_last: Tensor  # (S, labelled, L) the same at the last epoch
     out_of_fold: Tensor  # (S, labelled, L) the same at the ensemble's epoch
     votes: Tensor  # (S, F, others, L) softmax of every fold's model at the ensemble's epoch
+    votes_last: Tensor  # the same at the last epoch, or no clips, (S, F, 0, L), where nobody asked for it
     curves: Tensor  # (S, F, epochs, 3): train_loss, valid_loss, valid_waf in percent
 
 
-PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "out_of_fold", "votes", "curves")
+PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "out_of_fold", "votes", "votes_last", "curves")
 
 
 def curve_table(number: int, outputs: Outputs) -> pd.DataFrame:

@@ -49,7 +49,7 @@ def nested(inputs: Inputs, recipe: Fusion, name: str = "nested") -> Nested:
     inner = []
     for fold in range(count):
         part = without_fold(inputs, fold)
-        labels = np.tile(part.labels, (len(recipe.seeds), 1))
+        labels = np.tile(part.labels, (len(recipe.seeds), part.fold_count, 1))
         outputs = train(part, recipe, labels, f"{name} {fold + 1}/{count}")
         probabilities[:, inputs.folds[inputs.labelled] == fold] = outputs.votes.mean(dim=1)
         inner.append(_waf(part, outputs.out_of_fold))

@@ -1,21 +1,29 @@
 """Self-training [paper 3.5]: rounds of pseudo-labels and retraining from scratch.
 
-Round 0 is models/fusion. In round r each seed's ensemble of folds predicts the pool (the unlabelled clips and, as
-the paper has it, the test clips without their labels); of the clips that it predicts as a class, the k with the highest
-probability join the training part of every fold of that seed, never a validation part. Then all models start again from
-their first weights.
+Round 0 is models/fusion. In round r the voters predict the pool (the unlabelled clips and, as the paper has it, the
+test clips without their labels); of the clips that they predict as a class, the k with the highest probability join
+the training part, never a validation part. Then all models start again from their first weights.
 
+voters: ensemble   a seed's ensemble of folds chooses, for every fold of that seed [paper]. The other folds' models have
+                   learned from a fold's validation clips, and through the pseudo-labels so do the fold's own: from
+                   round 1 on cross-validation is void
+        fold       a fold's model chooses by itself, and it alone learns from what it chose. Its last epoch votes, since
+                   an earlier one is picked by validation: nothing that it learns from was touched by the labels of
+                   its validation clips. So cross-validation of the last epoch holds in every round
 pool: accumulate   the k are chosen among the clips not yet taken, and keep their label for good [paper]
       redraw       round r chooses r * k per class afresh from the whole pool, so that a wrong one can be dropped
-agreement: n       a clip qualifies only if at least n unimodal classifiers call it what the ensemble calls it. They
+agreement: n       a clip qualifies only if at least n unimodal classifiers call it what the voters call it. They
                    are trained once, on one modality each and the labelled clips only: no pseudo-label has influenced
-                   them. A classifier whose modality a clip lacks is not counted.
+                   them. A classifier whose modality a clip lacks is not counted. They vote as `voters` says. Each of
+                   self_training.voices, which learn from no label, counts like one of them where it ranked the clip
+threshold          a clip qualifies only with at least this probability, of all classes or by class
 
 A class with fewer than k candidates adds what there is (rounds.csv shows it). The rounds end early when nothing new
 is chosen. Every finished round is one file, so a killed run resumes after the last one, to the same bits.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +33,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.engine.files import write_tensors
+from stages.engine.errors import PipelineError
+from stages.engine.files import read_rows, write_tensors
 from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.ensemble import PREDICTIONS, Ensemble, Outputs, cross_validation
 from stages.fusion.features import Inputs
 from stages.fusion.training import train
 
-CHOSEN = {"seed": "int64", "row": "int64", "label": "int64", "confidence": "float32", "agreement": "int64"}
+CHOSEN = {"seed": "int64", "fold": "int64", "row": "int64", "label": "int64", "confidence": "float32",
+          "agreement": "int64"}
+VOICES = Path("data/voices.csv")  # of gather_features: what the voices that self_training.voices names rank first
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class Round:
     """One round's pseudo-labels and the models trained with them."""
 
     number: int
-    chosen: pd.DataFrame  # CHOSEN: position of the seed, row of Inputs, class, softmax, classifiers that agree or -1
+    chosen: pd.DataFrame  # CHOSEN: position of the seed; fold, or -1 for all of them; row of Inputs; class; softmax;
+    # classifiers and voices that agree, or -1
     outputs: Outputs
 
 
@@ -48,23 +60,25 @@ def no_pseudo_labels() -> pd.DataFrame:
     return pd.DataFrame({name: np.zeros(0, dtype) for name, dtype in CHOSEN.items()})
 
 
-def self_train(inputs: Inputs, fusion: Fusion, p: SelfTraining, start: Outputs, folder: Path) -> Iterator[Round]:
+def self_train(
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, candidates: np.ndarray, start: Outputs, folder: Path
+) -> Iterator[Round]:
     """Yield round 0, which `start` is, and the rounds after it, until p.rounds or until nothing new is chosen.
 
-    folder: where finished rounds are kept and picked up; it must belong to these inputs and parameters alone.
+    candidates: rows of the pool. folder: where finished rounds are kept and picked up; it must belong to these inputs
+    and parameters alone.
     """
     current, taken = Round(0, no_pseudo_labels(), start), no_pseudo_labels()
     yield current
-    candidates = pool_rows(inputs, p.include_test)
     if p.rounds == 0 or not len(candidates):
         return
-    opinions = _unimodal_opinions(inputs, fusion, folder) if p.agreement else None
+    opinions = _opinions(inputs, fusion, p, folder) if p.agreement else None
     for number in range(1, p.rounds + 1):
         path = folder / f"round-{number:02d}.safetensors"
         if path.exists():
             current = _read_round(path, number, start.ensemble)
         else:
-            chosen = choose(inputs, candidates, current.outputs.votes, opinions, taken, number, p)
+            chosen = choose(inputs, candidates, voters(current.outputs, p), opinions, taken, number, p)
             if _same(chosen, taken) or not len(chosen):
                 return
             current = _train_round(inputs, fusion, p, number, taken, chosen)
@@ -79,6 +93,11 @@ def pool_rows(inputs: Inputs, include_test: bool) -> np.ndarray:
     return np.flatnonzero(pool & inputs.present.any(dim=1).cpu().numpy())
 
 
+def voters(outputs: Outputs, p: SelfTraining) -> Tensor:
+    """What the voters say, (S, V, others, L) softmax: V is 1, the ensemble of folds, or every fold by itself."""
+    return outputs.votes.mean(dim=1, keepdim=True) if p.voters == "ensemble" else outputs.votes_last
+
+
 def choose(
     inputs: Inputs,
     candidates: np.ndarray,
@@ -88,28 +107,30 @@ def choose(
     number: int,
     p: SelfTraining,
 ) -> pd.DataFrame:
-    """The pseudo-labels that round `number` draws: per seed and class the surest candidates; ties in manifest order.
+    """The pseudo-labels that round `number` draws: per voter and class the surest candidates; ties in manifest order.
 
-    candidates: rows of the pool. votes: (S, F, others, L) of the round before. opinions: (S, modalities, others)
-    classes, -1 where the modality is absent. taken: the pseudo-labels in use so far.
+    candidates: rows of the pool. votes: (S, V, others, L) of the round before, as `voters` gives them. opinions:
+    (S, V, opinions, others) classes, -1 where there is none. taken: the pseudo-labels in use so far.
     """
     position = np.searchsorted(inputs.others, candidates)
+    thresholds = np.array([p.threshold_of(label) for label in inputs.label_names], np.float32)
     count = p.k if p.pool == "accumulate" else p.k * number
     tables = []
-    for seed, probabilities in enumerate(votes.mean(dim=1)[:, position].numpy()):
+    for seed, voter in np.ndindex(*votes.shape[:2]):
+        fold = voter if p.voters == "fold" else -1
+        probabilities = votes[seed, voter, position].numpy()
         classes, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
         agreement = np.full(len(candidates), -1)
-        free = np.ones(len(candidates), bool)
+        free = confidence >= thresholds[classes]
         if opinions is not None:
-            agreement = (opinions[seed][:, position] == classes).sum(axis=0)
+            agreement = (opinions[seed, voter][:, position] == classes).sum(axis=0)
             free &= agreement >= p.agreement
         if p.pool == "accumulate":
-            free &= ~np.isin(candidates, taken["row"][taken["seed"] == seed])
+            free &= ~np.isin(candidates, taken["row"][(taken["seed"] == seed) & (taken["fold"] == fold)])
         for label in range(probabilities.shape[1]):
             found = np.flatnonzero(free & (classes == label))
             best = found[np.argsort(-confidence[found], kind="stable")[:count]]
-            columns = (np.full(len(best), seed), candidates[best], np.full(len(best), label))
-            values = (*columns, confidence[best], agreement[best])
+            values = (seed, fold, candidates[best], label, confidence[best], agreement[best])
             tables.append(pd.DataFrame(dict(zip(CHOSEN, values, strict=True))).astype(CHOSEN))
     return pd.concat(tables, ignore_index=True)
 
@@ -120,61 +141,90 @@ def pseudo_labels_in_use(p: SelfTraining, taken: pd.DataFrame, chosen: pd.DataFr
 
 
 def _same(chosen: pd.DataFrame, taken: pd.DataFrame) -> bool:
-    one, other = (set(zip(table["seed"], table["row"], table["label"], strict=True)) for table in (chosen, taken))
+    one, other = (set(table[["seed", "fold", "row", "label"]].itertuples(index=False)) for table in (chosen, taken))
     return one == other
 
 
 def _train_round(
     inputs: Inputs, fusion: Fusion, p: SelfTraining, number: int, taken: pd.DataFrame, chosen: pd.DataFrame
 ) -> Round:
-    labels = np.tile(inputs.labels, (len(fusion.seeds), 1))
+    labels = np.tile(inputs.labels, (len(fusion.seeds), inputs.fold_count, 1))
     used = pseudo_labels_in_use(p, taken, chosen)
-    labels[used["seed"], used["row"]] = used["label"]
-    return Round(number, chosen, train(inputs, fusion, labels, f"self_train round {number}"))
+    for fold in range(inputs.fold_count):
+        mine = used[used["fold"].isin([fold, -1])]
+        labels[mine["seed"], fold, mine["row"]] = mine["label"]
+    outputs = train(inputs, fusion, labels, f"self_train round {number}", votes_last=p.voters == "fold")
+    return Round(number, chosen, outputs)
 
 
-def _unimodal_opinions(inputs: Inputs, fusion: Fusion, folder: Path) -> np.ndarray:
-    """(S, modalities, others) int64: the class that each seed's unimodal classifier gives, -1 where it has no input."""
+def _opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path) -> np.ndarray:
+    """(S, V, modalities + p.voices, others) int64: the classes that count in agreement, -1 where there is none."""
+    unimodal, voices = _unimodal_opinions(inputs, fusion, p, folder), voice_opinions(inputs, p.voices)
+    return np.concatenate([unimodal, np.broadcast_to(voices, (*unimodal.shape[:2], *voices.shape))], axis=2)
+
+
+def voice_opinions(inputs: Inputs, names: Sequence[str]) -> np.ndarray:
+    """(names, others) int64: the class that each of these voices ranks first, -1 for a clip that it did not rank.
+
+    Raises PipelineError for a label that is none of the inputs'.
+    """
+    position = {inputs.clip_ids[row]: i for i, row in enumerate(inputs.others)}
+    opinions = np.full((len(names), len(position)), -1)
+    for row in read_rows(VOICES, ("clip_id", "voice", "label")) if names else ():
+        if row["label"] not in inputs.label_names:
+            raise PipelineError(f"{VOICES}: clip {row['clip_id']}: label {row['label']!r}, expected one of "
+                                f"{list(inputs.label_names)}")
+        if row["clip_id"] in position and row["voice"] in names:
+            opinions[names.index(row["voice"]), position[row["clip_id"]]] = inputs.label_names.index(row["label"])
+    return opinions
+
+
+def _unimodal_opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path) -> np.ndarray:
+    """(S, V, modalities, others) int64: the class that each voter's unimodal classifier gives, -1 without an input."""
     path = folder / "unimodal.safetensors"
     if not path.exists():
-        labels = np.tile(inputs.labels, (len(fusion.seeds), 1))
+        labels = np.tile(inputs.labels, (len(fusion.seeds), inputs.fold_count, 1))
         recipe = fusion.model_copy(update={"modality_dropout": 0.0})  # it has only one modality
         opinions = []
         for modality in inputs.modalities:
             alone = inputs.select([modality.name])
-            outputs = train(alone, recipe, labels, f"self_train {modality.name} alone")
-            classes = outputs.votes.mean(dim=1).argmax(dim=-1)
+            outputs = train(alone, recipe, labels, f"self_train {modality.name} alone", votes_last=p.voters == "fold")
+            classes = voters(outputs, p).argmax(dim=-1)
             opinions.append(torch.where(modality.present.cpu()[inputs.others], classes, -1))
-        write_tensors(path, {"opinions": torch.stack(opinions, dim=1)})
+        write_tensors(path, {"opinions": torch.stack(opinions, dim=2)})
     return load_file(path)["opinions"].numpy()
 
 
 # ---------------------------------------------------------------- tables
 
 
-def round_row(inputs: Inputs, p: SelfTraining, done: Round, in_use: pd.DataFrame) -> dict[str, float | int | None]:
-    """One row of rounds.csv. Counts are per seed, means over seeds; waf_std is the best epochs' deviation over seeds.
+def round_row(
+    inputs: Inputs, p: SelfTraining, candidates: np.ndarray, done: Round, in_use: pd.DataFrame
+) -> dict[str, float | int | None]:
+    """One row of rounds.csv. Counts are per seed and model, means over them; waf_std is the best epochs' deviation over
+    seeds.
 
     added: pseudo-labels that this round drew (with pool redraw: its whole set). pool_left: clips of the pool that it
     did not train on.
     """
-    figures, seeds = cross_validation(inputs, done.outputs), len(done.outputs.votes)
-    by_class = np.bincount(done.chosen["label"], minlength=len(inputs.label_names)) / seeds
+    figures, sets = cross_validation(inputs, done.outputs), math.prod(voters(done.outputs, p).shape[:2])
+    by_class = np.bincount(done.chosen["label"], minlength=len(inputs.label_names)) / sets
     confidence = done.chosen["confidence"].astype(float).mean() if len(done.chosen) else None
     return {
         "round": done.number,
         "waf_best_epoch": round(figures["waf_best_epoch"], 4),
         "waf_last_epoch": round(figures["waf_last_epoch"], 4),
         "waf_std": round(figures["waf_best_epoch_std"], 4),
-        "added": round(len(done.chosen) / seeds, 4),
+        "added": round(len(done.chosen) / sets, 4),
         **{f"added_{name}": round(n, 4) for name, n in zip(inputs.label_names, by_class.tolist(), strict=True)},
         "mean_confidence": None if confidence is None else round(confidence, 6),
-        "pool_left": round(len(pool_rows(inputs, p.include_test)) - len(in_use) / seeds, 4),
+        "pool_left": round(len(candidates) - len(in_use) / sets, 4),
     }
 
 
 def pseudo_label_table(inputs: Inputs, done: Round) -> pd.DataFrame:
-    """The round's rows of pseudo_labels.csv; agreement is empty where it was not asked for."""
+    """The round's rows of pseudo_labels.csv; agreement is empty where it was not asked for, fold where the ensemble of
+    all folds has chosen, for all of them."""
     chosen = done.chosen
     return pd.DataFrame(
         {
@@ -184,6 +234,7 @@ def pseudo_label_table(inputs: Inputs, done: Round) -> pd.DataFrame:
             "confidence": chosen["confidence"].astype(float).round(6),
             "agreement": chosen["agreement"].astype("Int64").mask(chosen["agreement"] < 0),
             "seed": np.array(done.outputs.ensemble.seeds)[chosen["seed"]],
+            "fold": chosen["fold"].astype("Int64").mask(chosen["fold"] < 0),
         }
     )
 

@@ -10,6 +10,7 @@ epoch: best     each model at its own best epoch on its validation part, ties to
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from math import fsum
 from threading import Lock
 from typing import NamedTuple
@@ -28,12 +29,13 @@ from stages.fusion.ensemble import Ensemble, Outputs, lane_count
 from stages.fusion.features import Inputs, Standardised, Statistics, fold_statistics
 
 
-def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outputs:
+def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, votes_last: bool = False) -> Outputs:
     """Train len(recipe.seeds) x folds models on `inputs` with its modalities; the ensemble of each model at the epoch
     that recipe.epoch asks for then predicts the unlabelled and test clips, once.
 
-    labels: (S, N) int64, the class that seed s learns for each clip, -1 for none: the labelled clips' classes,
-    and pseudo-labels. name: what the progress bar shows.
+    labels: (S, F, N) int64, the class that seed s's model of fold f learns for each clip, -1 for none: the labelled
+    clips' classes, and pseudo-labels. name: what the progress bar shows. votes_last: predict with the last epoch's
+    models too, as self_training.voters: fold needs it.
     """
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
@@ -43,13 +45,11 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outp
     for (s, _), training in zip(models, trainings, strict=True):
         best[s, training.valid], last[s, training.valid] = training.best_softmax, training.softmax
         own[s, training.valid] = training.kept.softmax
-    weights = {name: torch.stack([training.kept.weights[name] for training in trainings]).unflatten(0, shape).cpu()
-               for name in trainings[0].kept.weights}
     ensemble = Ensemble(
         architecture_of(inputs, recipe),
         inputs.label_names,
         tuple(recipe.seeds),
-        weights,
+        _stack([training.kept.weights for training in trainings], shape),
         {key: (mean.cpu(), scale.cpu()) for key, (mean, scale) in statistics.items()},
         {modality.name: modality.source for modality in inputs.modalities},
         recipe.epoch,
@@ -57,7 +57,14 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outp
     )
     curves = torch.stack([torch.tensor(training.curve) for training in trainings]).unflatten(0, shape)
     votes, rows = ensemble.predict(inputs, inputs.others), inputs.labelled
-    return Outputs(ensemble, best[:, rows], last[:, rows], own[:, rows], votes, curves)
+    last_epoch = replace(ensemble, weights=_stack([training.model.state_dict() for training in trainings], shape))
+    at_last = last_epoch.predict(inputs, inputs.others if votes_last else inputs.others[:0])
+    return Outputs(ensemble, best[:, rows], last[:, rows], own[:, rows], votes, at_last, curves)
+
+
+def _stack(states: Sequence[dict[str, Tensor]], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The state dicts of S x F models as one, on the CPU: (S, F, ...) per weight."""
+    return {name: torch.stack([state[name] for state in states]).unflatten(0, shape).cpu() for name in states[0]}
 
 
 def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
@@ -80,7 +87,7 @@ def fit(
     With recipe.epoch `common` those of one seed that are trained here share an epoch.
     """
     feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
-    trainings = [Training(inputs, recipe, labels[s], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
+    trainings = [Training(inputs, recipe, labels[s, fold], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
     if recipe.epoch == "common":
         for seed in {s for s, _ in models}:
             share_epoch([training for (s, _), training in zip(models, trainings, strict=True) if s == seed])

@@ -17,8 +17,9 @@ RECOGNISED = Path(".cache/transcripts")  # of transcribe
 
 
 def media_read(p: Params) -> set[str]:
-    """What the rows that fusion.modalities names take as input."""
-    return {p.extractors[name].input for name in p.fusion.modalities}
+    """What the rows that fusion.modalities names take as input, and self-training's voices."""
+    voices = {"rankings.jsonl"} if p.self_training.voices else set()
+    return {p.extractors[name].input for name in p.fusion.modalities} | voices
 
 
 def trains_prompts(p: Params) -> bool:
