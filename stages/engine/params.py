@@ -205,6 +205,7 @@ class Evaluate(Section):
     bootstrap: Positive
     seed: NonNegative
     missing: Literal["report", "off"]
+    calibrate: Literal["none", "temperature"]
 
 
 class Device(Section):
