@@ -4,7 +4,6 @@ from pathlib import Path
 
 from stages.engine.devices import pick_device, set_threads
 from stages.engine.errors import run_stage
-from stages.engine.files import write_json
 from stages.engine.params import load_fusion
 
 
@@ -22,9 +21,9 @@ def main() -> None:
     labels = np.tile(inputs.labels, (len(p.fusion.seeds), inputs.fold_count, 1))
     outputs = train(inputs, p.fusion, labels, "train_fusion", votes_last=True)
     save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
-    figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
-    counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.parameters_per_model}
-    write_json("reports/fusion.json", {"cv": figures, **counts})
+    figures = cross_validation(inputs, outputs)
+    print(f"train_fusion: {outputs.ensemble.parameters_per_model} parameters per model; cross-validated WAF "
+          f"{figures['waf_last_epoch']:.2f} at the last epoch, {figures['waf_best_epoch']:.2f} at each fold's best")
 
 
 if __name__ == "__main__":

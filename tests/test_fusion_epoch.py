@@ -26,7 +26,7 @@ def make(**changes):
 
 def trainings(inputs, p, labels):
     feeds = [Standardised(inputs, fold_statistics(inputs, p.standardize), fold) for fold in range(3)]
-    return [Training(inputs, p, labels[s], feeds[fold], p.seeds[s], fold) for s, fold in np.ndindex(SHAPE)]
+    return [Training(inputs, p, labels[s, fold], feeds[fold], p.seeds[s], fold) for s, fold in np.ndindex(SHAPE)]
 
 
 @pytest.fixture(scope="module")

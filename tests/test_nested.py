@@ -57,8 +57,8 @@ def test_outer_labels_change_nothing_in_what_predicts_them():
         labels = inputs.labels.copy()
         labels[inputs.folds == fold] = (labels[inputs.folds == fold] + 1) % len(LABELS)
         changed = dataclasses.replace(inputs, labels=labels)
-        models = [train(without_fold(i, fold), p, np.tile(without_fold(i, fold).labels, (2, i.fold_count - 1, 1)), "test").ensemble
-                  for i in (inputs, changed)]
+        parts = [without_fold(i, fold) for i in (inputs, changed)]
+        models = [train(i, p, np.tile(i.labels, (2, i.fold_count, 1)), "test").ensemble for i in parts]
         assert all(torch.equal(v, models[1].weights[name]) for name, v in models[0].weights.items())
         after = nested(changed, p)
         rows, others = rows_of(inputs, fold), np.flatnonzero(inputs.folds[inputs.labelled] != fold)

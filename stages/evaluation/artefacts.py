@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from stages.engine.errors import PipelineError, one_line
 
 UNKNOWN = -1  # the class index of a clip whose truth is not known
+BASELINES = ("majority", "logistic_regression")  # what the stage baselines predicts, simplest first
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Predictions:
     votes: np.ndarray        # (S, F, others, L) every fold's model at its best epoch
 
     @property
+    def out_of_fold(self) -> np.ndarray:
+        """(S, labelled, L) what is scored out of fold: at the last epoch, which nobody picked."""
+        return self.last
+
+    @property
     def by_seed(self) -> np.ndarray:
         """(S, others, L): the equal-weight mean of the folds' softmaxes [choice]."""
         return self.votes.mean(axis=1)
@@ -36,6 +42,14 @@ class Predictions:
     def ensemble(self) -> np.ndarray:
         """(others, L): the equal-weight mean over seeds of by_seed; what submission.csv says."""
         return self.by_seed.mean(axis=0)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Probabilities of one of BASELINES, rows as those of Predictions."""
+
+    out_of_fold: np.ndarray  # (S, labelled, L) by the clip's own fold's model
+    by_seed: np.ndarray      # (S, others, L) the equal-weight mean over the folds' models
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Run:
     truth: np.ndarray                  # (others,) class where known, else UNKNOWN
     final: Predictions                 # models/self_training: the models that predict
     round0: Predictions                # models/fusion: before self-training
+    baselines: dict[str, Baseline]     # by name, of BASELINES
     rounds: pd.DataFrame               # reports/rounds.csv
     round_probabilities: np.ndarray    # (R + 1, S, test, L) ensemble of each round
     pseudo_labels: pd.DataFrame        # reports/pseudo_labels.csv
@@ -57,6 +72,15 @@ class Run:
     duplicates: pd.DataFrame           # data/duplicates.csv
     modalities: list[str]
     leaky: bool                        # some encoder has learned from every fold's labels
+
+    @property
+    def self_trained(self) -> bool:
+        """Whether the final models are others than round 0's."""
+        return not np.array_equal(self.final.votes, self.round0.votes)
+
+    def groups(self, clips: list[str]) -> np.ndarray:
+        """The group of each clip, "" where it has none."""
+        return self.manifest.loc[clips, "group"].to_numpy(dtype=str)
 
     def split(self, name: str) -> np.ndarray:
         """Positions among `others` of the clips of the split `unlabelled` or `test`."""
@@ -94,6 +118,7 @@ def read_run(labels: list[str]) -> Run:
         truth=_classes(truth_path, [truth.get(clip, "") for clip in final.others], index),
         final=final,
         round0=round0,
+        baselines=read_baselines(Path("models/baselines"), round0),
         rounds=read_csv(Path("reports/rounds.csv")),
         round_probabilities=probabilities,
         pseudo_labels=read_csv(Path("reports/pseudo_labels.csv"), text=True).astype(
@@ -108,18 +133,31 @@ def read_run(labels: list[str]) -> Run:
 
 def read_predictions(folder: Path, manifest: pd.DataFrame, classes: int) -> Predictions:
     """Read predictions.safetensors and clips.csv of one ensemble and check them against the manifest."""
-    clips = read_csv(folder / "clips.csv", text=True)
-    labelled = clips.loc[clips["split"] == "labelled", "clip_id"].tolist()
-    others = clips.loc[clips["split"] != "labelled", "clip_id"].tolist()
-    expected = [*manifest.index[manifest["split"] == "labelled"], *manifest.index[manifest["split"] != "labelled"]]
-    if labelled + others != expected:
-        raise PipelineError(f"{folder / 'clips.csv'}: found {len(clips)} clips that are not those of "
-                            f"data/manifest.csv ({len(expected)}) in its order; run dvc repro")
+    is_labelled = manifest["split"] == "labelled"
+    labelled, others = manifest.index[is_labelled].tolist(), manifest.index[~is_labelled].tolist()
+    check_clips(folder / "clips.csv", labelled + others)
     path = folder / "predictions.safetensors"
     best = _tensor(path, "out_of_fold_best", (None, len(labelled), classes))
     last = _tensor(path, "out_of_fold_last", (len(best), len(labelled), classes))
     votes = _tensor(path, "votes", (len(best), None, len(others), classes))
     return Predictions(labelled, others, best, last, votes)
+
+
+def check_clips(path: Path, expected: list[str]) -> None:
+    """Raises PipelineError where the rows of predictions are not the clips of the manifest."""
+    clips = read_csv(path, text=True)["clip_id"].tolist()
+    if clips != expected:
+        raise PipelineError(f"{path}: found {len(clips)} clips that are not those of data/manifest.csv "
+                            f"({len(expected)}) in its order; run dvc repro")
+
+
+def read_baselines(folder: Path, like: Predictions) -> dict[str, Baseline]:
+    """What the stage baselines predicts for the same clips and with as many classes as the ensembles."""
+    check_clips(folder / "clips.csv", like.labelled + like.others)
+    path, classes = folder / "predictions.safetensors", like.best.shape[-1]
+    return {name: Baseline(_tensor(path, f"{name}.out_of_fold", (None, len(like.labelled), classes)),
+                           _tensor(path, f"{name}.others", (None, len(like.others), classes)))
+            for name in BASELINES}
 
 
 def read_transcripts(run: Run) -> dict[str, str]:

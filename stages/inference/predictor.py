@@ -16,6 +16,7 @@ from stages.engine.manifest import Source
 from stages.engine.store import Row
 from stages.engine.work import Input
 from stages.engine.workers import Workers
+from stages.evaluation.calibration import tempered
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import Inputs, Modality
 from stages.inference.clips import name_of
@@ -29,7 +30,7 @@ class Prediction:
     """What is known of one clip. Class order as Ensemble.label_names, modality order as its architecture's."""
 
     clip: Source
-    probabilities: np.ndarray | None  # (L,) equal-weight mean of all models' softmaxes; None where nothing was present
+    probabilities: np.ndarray | None  # (L,) mean of all softmaxes, under the temperature; None where nothing is present
     votes: int  # models that call it as the mean does
     attention: np.ndarray  # (modalities,) mean of the models' raw attention scores
     present: tuple[bool, ...]  # by modality
@@ -50,7 +51,7 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
     try:
         decoding = Decoding(clips, functions, workers)  # begins here, while the models are loaded
         texts = find_texts(trained, clips, given, workers)
-        ensemble = load_ensemble(trained.ensemble)
+        ensemble, temperature = load_ensemble(trained.ensemble), trained.temperature()
         encoders = open_encoders(trained, device)
         for part, media in decoding:
             features = {}
@@ -60,7 +61,7 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
                     row_inputs(medium, media[medium], p.audio.sample_rate) if medium in media
                     else [Input(name_of(clip), texts.item(clip, medium), b"") for clip in part]
                 )
-            yield from fuse(ensemble, part, media, features, texts, device)
+            yield from fuse(ensemble, temperature, part, media, features, texts, device)
     finally:
         workers.close()
 
@@ -88,6 +89,7 @@ def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
 
 def fuse(
     ensemble: Ensemble,
+    temperature: float,
     clips: Sequence[Source],
     media: Mapping[str, Sequence[Row]],
     features: Mapping[str, Sequence[Row]],
@@ -97,8 +99,9 @@ def fuse(
     """The ensemble's predictions for one chunk of clips."""
     inputs = fusion_inputs(ensemble, [name_of(clip) for clip in clips], features, device)
     softmax, scores = ensemble.predict_with_attention(inputs, np.arange(len(clips)))
-    probabilities, attention = softmax.mean(dim=1).mean(dim=0).numpy(), scores.mean(dim=(0, 1)).numpy()
-    votes = (softmax.argmax(dim=-1) == torch.from_numpy(probabilities).argmax(dim=-1)).sum(dim=(0, 1)).tolist()
+    mean, attention = softmax.mean(dim=1).mean(dim=0), scores.mean(dim=(0, 1)).numpy()
+    votes = (softmax.argmax(dim=-1) == mean.argmax(dim=-1)).sum(dim=(0, 1)).tolist()
+    probabilities = tempered(mean.numpy(), temperature)
     present = inputs.present.cpu().numpy()
     for i, clip in enumerate(clips):
         usable = bool(present[i].any())
