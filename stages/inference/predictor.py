@@ -31,7 +31,7 @@ class Prediction:
     clip: Source
     probabilities: np.ndarray | None  # (L,) equal-weight mean of all models' softmaxes; None where nothing was present
     votes: int  # models that call it as the mean does
-    attention: np.ndarray  # (modalities,) mean of the models' raw attention scores
+    attention: np.ndarray  # (modalities,) mean of the models' raw attention scores; NaN where the fusion has none
     present: tuple[bool, ...]  # by modality
     transcript: str
     ranking: list[str] | None
