@@ -1,4 +1,4 @@
-"""Stage train_fusion: the attention fusion on the labelled clips, all folds and seeds at once (round 0)."""
+"""Stage train_fusion: the fusion on the labelled clips, all folds and seeds at once (round 0)."""
 
 from pathlib import Path
 

@@ -181,7 +181,7 @@ def test_modality_dropout_zeroes_whole_modalities_at_its_rate(p):
 
 def test_keep_one_is_drawing_again():
     present = torch.tensor([True, False, True, True]).expand(60_000, 4)
-    architecture = dataclasses.replace(attention().architecture, modality_dropout=0.6)
+    architecture = dataclasses.replace(attention().modality_dropout.architecture, modality_dropout=0.6)
     keep = keep_modalities(present, architecture, torch.Generator().manual_seed(1))
     assert (keep & present[0]).any(dim=1).all()
     generator = np.random.default_rng(0)
@@ -216,7 +216,7 @@ def test_dropout_stands_before_every_encoder_and_gradients_pass_it():
     after.sum().backward()
     assert all(q.grad is not None and q.grad.abs().sum() > 0 for q in model.parameters())
     found = [m for m in model.modules() if isinstance(m, Dropout)]
-    assert len(found) == 4 and all(m.p == 0.5 and m.generator is model.generator for m in found)
+    assert len(found) == 4 and all(m.p == 0.5 and m.generator is model.modality_dropout.generator for m in found)
 
 
 # ---------------------------------------------------------------- standardisation and prediction
@@ -245,7 +245,7 @@ def test_prediction_is_the_same_on_any_number_of_cores(monkeypatch):
     assert not found[0][1].isnan().any()
 
 
-CONCATENATION = """
+LINEAR = """
 import torch
 from torch import nn
 from stages.fusion.architectures import Dropout
@@ -262,9 +262,9 @@ class Model(nn.Module):
 
 
 def test_another_architecture_is_one_file_and_its_name(tmp_path, monkeypatch):
-    (tmp_path / "concatenation.py").write_text(CONCATENATION)
+    (tmp_path / "linear.py").write_text(LINEAR)
     monkeypatch.setattr("stages.fusion.__path__", [*fusion.__path__, str(tmp_path)])
-    p = recipe(architecture="concatenation", epochs=20, learning_rate=0.03)
+    p = recipe(architecture="linear", epochs=20, learning_rate=0.03)
     inputs, truth = make_inputs()
     outputs = train(inputs, p, tiled(inputs, p), "test")
     called = outputs.votes.mean(dim=(0, 1)).argmax(dim=1).numpy()

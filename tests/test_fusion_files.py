@@ -208,7 +208,7 @@ def test_stage_writes_the_same_bytes_twice(run, capsys):
 
 
 def test_an_unknown_architecture_is_one_line(run):
-    for name in ("transformer", "training"):  # no module; a module that is no architecture
+    for name in ("perceiver", "training"):  # no module; a module that is no architecture
         write_params(recipe(architecture=name), rounds())
         with pytest.raises(PipelineError, match=f"params.yaml: fusion.architecture: found '{name}', expected a module"):
             train_fusion.main()

@@ -76,6 +76,14 @@ def test_probabilities_are_under_the_temperature_that_evaluate_fitted(trained_co
     assert shown.max() < raw.max() - 1e-3 and found[0]["prediction"] == found[1]["prediction"]
 
 
+def test_a_fusion_without_attention_leaves_its_scores_empty(trained_copy: Path) -> None:
+    models_of("late")
+    run_predict("clips", "--out", "p.csv", "--html", "p.html")
+    for row in rows(Path("p.csv")).values():
+        assert row["prediction"] and sum(float(v) for k, v in row.items() if k.startswith("prob_")) == pytest.approx(1)
+        assert {v for k, v in row.items() if k.startswith("attention_")} == {""}
+
+
 def test_no_readable_clip_is_exit_code_1(
     trained_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,9 +208,9 @@ def without_weights(name: str) -> None:
     models_of()
 
 
-def models_of(**changes: int) -> None:
+def models_of(name: str = "attention", **changes: int) -> None:
     shutil.rmtree("models/self_training")
-    save_ensemble(**changes)
+    save_ensemble(name, **changes)
 
 
 def test_params_that_are_not_those_of_the_models_are_found() -> None:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from math import isnan
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -88,12 +89,13 @@ def header(trained: "Trained", segments: bool) -> list[str]:
 
 
 def row(prediction: "Prediction", labels: list[str], segments: bool) -> list[object]:
-    """The clip's cells in the header's order; those that need a prediction are empty without one."""
+    """The clip's cells in the header's order; those that need a prediction are empty without one, as are the attention
+    scores of a fusion that has none."""
     shown: list[object] = ["", *([""] * (len(labels) + 2 + len(prediction.attention)))]
     if prediction.probabilities is not None:
         probabilities = prediction.probabilities.astype(float).round(DECIMALS).tolist()
         shown = [labels[prediction.probabilities.argmax()], *probabilities, max(probabilities), prediction.votes,
-                 *prediction.attention.astype(float).round(DECIMALS).tolist()]
+                 *("" if isnan(score) else round(float(score), DECIMALS) for score in prediction.attention)]
     present = ["true" if found else "false" for found in prediction.present]
     clip = prediction.clip
     place: list[object] = [escaped(clip.path), clip.start, clip.end] if isinstance(clip, Segment) else [escaped(clip)]

@@ -1,16 +1,21 @@
-"""What every fusion architecture shares: how it is found by its name, and its dropout.
+"""What every fusion architecture shares: how it is found by its name, its dropout, and a modality's encoder.
 
 An architecture is one module of this folder, which `fusion.architecture` in params.yaml names, with a class
 
     Model(architecture: Architecture, generator: torch.Generator | None), a torch.nn.Module;
     forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention.
 
-The class draws all its randomness in training from `generator`, with Dropout below instead of torch.nn.Dropout: models
-are trained side by side in threads, among which torch's one global generator would be shared out by chance. Layers are
-made as usual: the weights' first values are drawn from torch's global generator before the threads begin.
+Any modality may be absent from a clip, all of them too: the logits must be numbers, and the same as if modality dropout
+had dropped what is absent.
+
+The class draws all its randomness in training from `generator`, with Dropout and ModalityDropout below instead of
+torch.nn.Dropout (nor torch's own attention modules, which hold one): models are trained side by side in threads, among
+which torch's one global generator would be shared out by chance. Layers are made as usual: the weights' first values
+are drawn from torch's global generator before the threads begin.
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast
@@ -84,3 +89,42 @@ def keep_modalities(present: Tensor, architecture: Architecture, generator: torc
         kept[:, i] = uniform[:, i] < torch.where(any_kept, 1 - p, conditional[:, i])
         any_kept |= kept[:, i] & present[:, i]
     return kept
+
+
+class ModalityDropout(nn.Module):
+    """Modality dropout [paper eq. 2] of a model in training: whole modalities become absent, and zeros, at random.
+
+    What is left of a clip is not scaled up.
+    """
+
+    def __init__(self, architecture: Architecture, generator: torch.Generator | None):
+        super().__init__()
+        self.architecture, self.generator = architecture, generator
+
+    def forward(self, features: Sequence[Tensor], present: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        if not self.training or self.architecture.modality_dropout == 0:
+            return features, present
+        keep = keep_modalities(present, self.architecture, self.generator)
+        return [x * keep[:, i, None] for i, x in enumerate(features)], present & keep
+
+
+class Encoder(nn.Module):
+    """(B, width) -> (B, hidden): dropout on the input, then three Linear + ReLU (ReLU also after the third).
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float, generator: torch.Generator | None):
+        super().__init__()
+        self.dropout = Dropout(dropout, generator)
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+        self.linear_3 = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_1(self.dropout(x)).relu()
+        return self.linear_3(self.linear_2(x).relu()).relu()
+
+
+def encoders(architecture: Architecture, generator: torch.Generator | None) -> nn.ModuleList:
+    """An Encoder for each modality."""
+    return nn.ModuleList(Encoder(width, architecture.hidden, architecture.dropout, generator)
+                         for width in architecture.dimensions)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.fusion.architectures import Architecture, Dropout, keep_modalities
+from stages.fusion.architectures import Architecture, Encoder, ModalityDropout, encoders
 
 
 class Model(nn.Module):
@@ -18,10 +18,9 @@ class Model(nn.Module):
 
     def __init__(self, architecture: Architecture, generator: torch.Generator | None = None):
         super().__init__()
-        self.architecture, self.generator = architecture, generator
         count, hidden = len(architecture.modalities), architecture.hidden
-        widths = architecture.dimensions
-        self.encoders = nn.ModuleList(Encoder(width, hidden, architecture.dropout, generator) for width in widths)
+        self.modality_dropout = ModalityDropout(architecture, generator)
+        self.encoders = encoders(architecture, generator)
         self.attention = Encoder(count * hidden, hidden, architecture.dropout, generator)
         self.scores = nn.Linear(hidden, count)
         self.classifier = nn.Linear(hidden, architecture.labels)
@@ -30,27 +29,10 @@ class Model(nn.Module):
         """features: per modality (B, D) float32, standardised, zeros where absent; present: (B, modalities) bool.
 
         Returns logits (B, labels) and attention scores (B, modalities). In training, whole modalities are zeroed
-        first [paper eq. 2], then single numbers (dropout); what is left of a clip is not scaled up for the former.
+        first [paper eq. 2], then single numbers (dropout).
         """
-        if self.training and self.architecture.modality_dropout > 0:
-            keep = keep_modalities(present, self.architecture, self.generator)
-            features = [x * keep[:, i, None] for i, x in enumerate(features)]
+        features, _ = self.modality_dropout(features, present)
         encodings = [encoder(x) for encoder, x in zip(self.encoders, features, strict=True)]
         scores = self.scores(self.attention(torch.cat(encodings, dim=1)))
         fused = (scores[:, :, None] * torch.stack(encodings, dim=1)).sum(dim=1)
         return self.classifier(fused), scores
-
-
-class Encoder(nn.Module):
-    """(B, width) -> (B, hidden): dropout on the input, then three Linear + ReLU (ReLU also after the third)."""
-
-    def __init__(self, width: int, hidden: int, dropout: float, generator: torch.Generator | None):
-        super().__init__()
-        self.dropout = Dropout(dropout, generator)
-        self.linear_1 = nn.Linear(width, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
-        self.linear_3 = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear_1(self.dropout(x)).relu()
-        return self.linear_3(self.linear_2(x).relu()).relu()

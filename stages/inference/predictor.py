@@ -32,7 +32,7 @@ class Prediction:
     clip: Source
     probabilities: np.ndarray | None  # (L,) mean of all softmaxes, under the temperature; None where nothing is present
     votes: int  # models that call it as the mean does
-    attention: np.ndarray  # (modalities,) mean of the models' raw attention scores
+    attention: np.ndarray  # (modalities,) mean of the models' raw attention scores; NaN where the fusion has none
     present: tuple[bool, ...]  # by modality
     transcript: str
     ranking: list[str] | None
