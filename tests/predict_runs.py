@@ -37,11 +37,8 @@ def numbers(row: dict[str, str]) -> np.ndarray:
 
 
 def error_of(capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr, but for the traceback of a worker that was ended while it started."""
-    said = capfd.readouterr().err
-    if "spawn_main" in said:
-        said = said[said.index("error: "):].split("Traceback")[0]
-    lines = [line for line in said.splitlines() if line.strip()]
+    """The one line on stderr."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 

@@ -19,6 +19,12 @@ GRACE_SECONDS = 1.0  # for what has to be put in order: temporary files, a param
 LAST_SECONDS = 0.3  # after the other processes' end, for those who waited for them
 LINE = b"interrupted\n"
 EXIT_CODE = 128 + signal.SIGINT  # as shells count
+_came = threading.Event()  # the signal
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C has come, so that no process should be begun any more."""
+    return _came.is_set()
 
 
 def end_at_once() -> None:
@@ -51,7 +57,7 @@ def interrupts() -> Iterator[None]:
         watch.say()
         raise SystemExit(EXIT_CODE) from None  # the watch goes on: exiting waits for threads
     finally:
-        if not watch.interrupted.is_set():
+        if not interrupted():
             watch.stop()
 
 
@@ -65,7 +71,7 @@ class _Watch:
         self._gone = suppress(psutil.Error, OSError)  # a process, or a standard error, that has ended meanwhile
         self._processes: set[psutil.Process] = set()
         self._said = threading.Lock()
-        self.interrupted = threading.Event()
+        _came.clear()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -78,7 +84,7 @@ class _Watch:
 
     def seen(self) -> bool:
         """Whether the signal has come; the thread may need a moment to notice."""
-        return self.interrupted.wait(0.05)
+        return _came.wait(0.05)
 
     def _run(self) -> None:
         while received := os.read(self._reader, 1):
@@ -87,7 +93,7 @@ class _Watch:
         else:
             os.close(self._reader)
             return
-        self.interrupted.set()
+        _came.set()
         self._find_processes()  # before the first of them ends: then its own would no longer be found
         threading.Event().wait(GRACE_SECONDS)
         self.end_processes()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 MEDIA = ("av", "numpy", "opencv-python-headless", "onnxruntime", "h5py")
 ENCODERS = ("torch", "torchvision", "transformers", "open_clip_torch", "sentencepiece", "librosa", "soxr", "numpy",
             "h5py")
-RUNNING = ("ray", "pebble", "pydantic", "accelerate")  # of every node of a cluster, too
+RUNNING = ("ray", "pydantic", "accelerate")  # of every node of a cluster, too
 
 
 def version(package: str) -> str:
