@@ -120,7 +120,7 @@ def test_a_model_among_others_equals_itself_alone(name: str, monkeypatch: pytest
     inputs, _ = make_inputs()
     labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)
     together = fit(inputs, p, labels, statistics, [(0, 0), (0, 1), (1, 2)], "test")
-    alone = Training(inputs, p, labels[0], Standardised(inputs, statistics, 1), p.seeds[0], 1)
+    alone = Training(inputs, p, labels[0, 1], Standardised(inputs, statistics, 1), p.seeds[0], 1)
     for _ in range(p.epochs):
         alone.run_epoch()
     assert all(torch.equal(together[1].best[key], values) for key, values in alone.best.items())

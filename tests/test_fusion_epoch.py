@@ -11,7 +11,7 @@ from stages.evaluation import metrics
 from stages.fusion import ensemble as ensemble_module
 from stages.fusion.ensemble import curve_table, load_outputs, save_outputs
 from stages.fusion.features import Standardised, fold_statistics
-from stages.fusion.self_training import self_train
+from stages.fusion.self_training import pool_rows, self_train
 from stages.fusion.training import Training, share_epoch, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,7 +118,7 @@ def test_equal_epochs_give_the_earlier():
 def test_rounds_keep_their_own_epochs_when_resumed(tmp_path):
     inputs, p, labels = make(epoch="common")
     start = train(inputs, p, labels, "test")
-    first, again = (list(self_train(inputs, p, rounds(), start, tmp_path)) for _ in range(2))
+    first, again = (list(self_train(inputs, p, rounds(), pool_rows(inputs, True), start, tmp_path)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert one.outputs.ensemble.epochs == other.outputs.ensemble.epochs
         assert one.outputs.ensemble.epochs == expected_epochs("common", one.outputs.curves).tolist()
