@@ -6,13 +6,16 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 from urllib.parse import unquote
+
+from stages.engine.params import Params
+from stages.rankings import providers
+from stages.rankings.cache import Cache
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 KEY = "lab-0123456789-secret"  # without the vendor's prefix, by which a filter could recognise a key
@@ -41,7 +44,6 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(content)
         with self.server.lock:
             self.server.requests.append(request)
-            self.server.times.append(time.monotonic())
             plan = self.server.script.pop(0) if self.server.script else self.server.default
         if not self.authorized():
             plan = fail(401, f"Incorrect API key provided: {self.headers['Authorization']}", "invalid_api_key")
@@ -85,7 +87,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler)
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
-        self.times: list[float] = []
         self.script: list[Plan] = []
         self.default: Plan = answer
         self.answered: Counter[str] = Counter()
@@ -127,6 +128,30 @@ def answer(handler: Handler, request: dict[str, Any]) -> None:
     with handler.server.lock:
         handler.server.answered[transcript] += 1
     handler.send(200, completion(json.dumps({"ranking": ranking_of(transcript)})))
+
+
+class Held:
+    """A plan that answers the first requests at once and holds the others until `open` is set."""
+
+    def __init__(self, free: int = 1, count: int = 16) -> None:
+        self.free, self.count = free, count
+        self.full, self.open = threading.Event(), threading.Event()  # full: `count` requests are held
+        self._seen, self._lock = 0, threading.Lock()
+
+    def __call__(self, handler: Handler, request: dict[str, Any]) -> None:
+        with self._lock:
+            self._seen += 1
+            seen = self._seen
+        if seen == self.free + self.count:
+            self.full.set()
+        if seen > self.free:
+            self.open.wait()
+        answer(handler, request)
+
+
+def pay_in_process(p: Params, items: Sequence[str], clips: Any, spent_usd: float, lock: int) -> None:
+    """In place of providers.pay, where a test replaces what another process would not see."""
+    providers.openai(p, Cache(providers.question(p)), spent_usd, clips).rank(items)
 
 
 def say(content: str | None, **options: Any) -> Plan:
