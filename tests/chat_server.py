@@ -15,10 +15,11 @@ from urllib.parse import unquote
 
 from stages.engine.params import Params
 from stages.rankings import providers
-from stages.rankings.cache import Cache
+from stages.rankings.cache import Cache, Question
 
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 KEY = "lab-0123456789-secret"  # without the vendor's prefix, by which a filter could recognise a key
+QUESTION = Question("openai", "gpt-test", "v1", tuple(LABELS))
 TOKENS_IN, TOKENS_OUT = 300, 40  # what the server says that a request took
 
 S = TypeVar("S", bound="Server")
@@ -131,10 +132,10 @@ def answer(handler: Handler, request: dict[str, Any]) -> None:
 
 
 class Held:
-    """A plan that answers the first requests at once and holds the others until `open` is set."""
+    """Plays `plan` at once for the first requests, and holds the others until `open` is set."""
 
-    def __init__(self, free: int = 1, count: int = 16) -> None:
-        self.free, self.count = free, count
+    def __init__(self, free: int = 1, count: int = 16, plan: Plan | None = None) -> None:
+        self.free, self.count, self.plan = free, count, plan or answer
         self.full, self.open = threading.Event(), threading.Event()  # full: `count` requests are held
         self._seen, self._lock = 0, threading.Lock()
 
@@ -146,7 +147,7 @@ class Held:
             self.full.set()
         if seen > self.free:
             self.open.wait()
-        answer(handler, request)
+        self.plan(handler, request)
 
 
 def pay_in_process(p: Params, items: Sequence[str], clips: Any, spent_usd: float, lock: int) -> None:
@@ -168,12 +169,6 @@ def drop(handler: Handler, request: dict[str, Any]) -> None:
     """Reset the connection instead of an answer."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
-    handler.close_connection = True
-
-
-def stall(handler: Handler, request: dict[str, Any]) -> None:
-    """No answer until the client hangs up."""
-    handler.rfile.read(1)
     handler.close_connection = True
 
 

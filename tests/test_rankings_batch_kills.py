@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import HASTY, QUESTION, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
+from batch_runs import HASTY, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, said
-from chat_server import KEY, pay_in_process, serving
+from chat_server import KEY, QUESTION, pay_in_process, serving
 
 from stages import rank_emotions
 from stages.engine.errors import PipelineError
@@ -102,9 +102,9 @@ def test_the_stage_collects_what_a_killed_run_left(
     monkeypatch.setattr(openai_batch, "Patience", lambda: HASTY)
     monkeypatch.setattr(providers, "pay", pay_in_process)
     server.kill = ("poll", "after")
-    process = multiprocessing.get_context("fork").Process(target=rank_emotions.main)
+    process = multiprocessing.get_context("fork").Process(target=rank_emotions.main, daemon=True)
     process.start()
-    server.victim = process.pid
+    server.victim.put(process.pid)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     values["rankings"]["batch"] = False  # would pay again for what the batch has answered

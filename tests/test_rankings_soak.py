@@ -5,12 +5,12 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import LABELS, Handler, Server, completion, drop, fail, ranking_of, raw, serving, transcript_of
+from chat_server import LABELS, Handler, Server, completion, drop, fail, ranking_of, raw, transcript_of
 from reply_shapes import ANSWERS, REASONS, choice, message
 from stage_runs import make_house, ranked, spent, start
 
@@ -28,12 +28,6 @@ INVALID: list[Callable[[dict[str, Any]], Any]] = [
     choice(finish_reason="length", message={"content": "Let me think"}),
     choice(finish_reason="content_filter", message={"content": ""}),
 ]
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving(Server()) as running:
-        yield running
 
 
 class Mixed:
