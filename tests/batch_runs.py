@@ -1,23 +1,38 @@
 """Asking a server of batch_server, in this process or in one that something kills, for the tests of batches."""
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from batch_server import BatchServer
-from chat_server import KEY, LABELS, ranking_of
+from chat_server import KEY, LABELS, QUESTION, ranking_of
 
-from stages.rankings.cache import Cache, Question
+from stages.rankings import openai_batch
+from stages.rankings.cache import Cache
 from stages.rankings.chat import Chat, Patience
 from stages.rankings.openai_batch import Batches
 
-HASTY = Patience(first_wait=0.005, longest_wait=0.02, timeout=20, first_poll=0.01, longest_poll=0.02, settle=0.2)
+HASTY = Patience(first_wait=0.0)
+
+
+class Clock:
+    """`time` as openai_batch takes it, but that nobody sleeps."""
+
+    slept = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+openai_batch.time = Clock()  # type: ignore[assignment]
 TRANSCRIPTS = [f"这是第{i}句话。" for i in range(7)]
 RANKINGS = {transcript: ranking_of(transcript) for transcript in TRANSCRIPTS}
-
-
-QUESTION = Question("openai", "gpt-test", "v1", tuple(LABELS))
 
 
 def store(folder: Path) -> Cache:
@@ -56,9 +71,9 @@ def killed(
         prepare()
         ask(server, folder, **options)
 
-    process = multiprocessing.get_context("fork").Process(target=work)
-    server.victim = None
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    server.victim = SimpleQueue()
     process.start()
-    server.victim = process.pid
+    server.victim.put(process.pid)
     process.join(60)
     return process.exitcode

@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -115,15 +116,13 @@ class BatchServer(Server):
         self.hidden = 0  # how many requests for the list are answered without the newest batch
         self.largest = 50_000
         self.kill: tuple[str, str] | None = None
-        self.victim: int | None = None
+        self.victim: SimpleQueue[int | None] = SimpleQueue()  # the client's process
 
     def kill_client(self, step: str, when: str) -> bool:
         if self.kill != (step, when):
             return False
         self.kill = None
-        while self.victim is None:
-            time.sleep(0.001)
-        os.kill(self.victim, signal.SIGKILL)
+        os.kill(self.victim.get(), signal.SIGKILL)
         return True
 
     # ------------------------------------------------------------ the API; each returns status and body

@@ -6,16 +6,20 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+from stages.engine.params import Params
+from stages.rankings import providers
+from stages.rankings.cache import Cache, Question
+
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
 KEY = "lab-0123456789-secret"  # without the vendor's prefix, by which a filter could recognise a key
+QUESTION = Question("openai", "gpt-test", "v1", tuple(LABELS))
 TOKENS_IN, TOKENS_OUT = 300, 40  # what the server says that a request took
 
 S = TypeVar("S", bound="Server")
@@ -41,7 +45,6 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(content)
         with self.server.lock:
             self.server.requests.append(request)
-            self.server.times.append(time.monotonic())
             plan = self.server.script.pop(0) if self.server.script else self.server.default
         if not self.authorized():
             plan = fail(401, f"Incorrect API key provided: {self.headers['Authorization']}", "invalid_api_key")
@@ -85,7 +88,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler)
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
-        self.times: list[float] = []
         self.script: list[Plan] = []
         self.default: Plan = answer
         self.answered: Counter[str] = Counter()
@@ -129,6 +131,30 @@ def answer(handler: Handler, request: dict[str, Any]) -> None:
     handler.send(200, completion(json.dumps({"ranking": ranking_of(transcript)})))
 
 
+class Held:
+    """Plays `plan` at once for the first requests, and holds the others until `open` is set."""
+
+    def __init__(self, free: int = 1, count: int = 16, plan: Plan | None = None) -> None:
+        self.free, self.count, self.plan = free, count, plan or answer
+        self.full, self.open = threading.Event(), threading.Event()  # full: `count` requests are held
+        self._seen, self._lock = 0, threading.Lock()
+
+    def __call__(self, handler: Handler, request: dict[str, Any]) -> None:
+        with self._lock:
+            self._seen += 1
+            seen = self._seen
+        if seen == self.free + self.count:
+            self.full.set()
+        if seen > self.free:
+            self.open.wait()
+        self.plan(handler, request)
+
+
+def pay_in_process(p: Params, items: Sequence[str], clips: Any, spent_usd: float, lock: int) -> None:
+    """In place of providers.pay, where a test replaces what another process would not see."""
+    providers.openai(p, Cache(providers.question(p)), spent_usd, clips).rank(items)
+
+
 def say(content: str | None, **options: Any) -> Plan:
     return lambda handler, request: handler.send(200, completion(content, **options))
 
@@ -143,12 +169,6 @@ def drop(handler: Handler, request: dict[str, Any]) -> None:
     """Reset the connection instead of an answer."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
-    handler.close_connection = True
-
-
-def stall(handler: Handler, request: dict[str, Any]) -> None:
-    """No answer until the client hangs up."""
-    handler.rfile.read(1)
     handler.close_connection = True
 
 

@@ -5,8 +5,14 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from chat_server import Server
+
+    from stages.rankings.cache import Cache
 
 # One thread each: the tests' networks are miniatures, in which threads only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +35,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _working_directory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Tests start in the repository root, wherever pytest was called from."""
     monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture
+def server() -> "Iterator[Server]":
+    """A chat-completions server on loopback."""
+    from chat_server import Server, serving
+
+    with serving(Server()) as running:
+        yield running
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> "Cache":
+    """An empty cache of rankings for chat_server.QUESTION."""
+    from chat_server import QUESTION
+
+    from stages.rankings.cache import Cache
+
+    return Cache(QUESTION, tmp_path)
 
 
 @pytest.fixture

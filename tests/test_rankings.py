@@ -1,7 +1,6 @@
 """The prompt, the cache, and the stage rank_emotions around them."""
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -10,22 +9,21 @@ import shutil
 import signal
 import sqlite3
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import pay_in_process
 
 from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.params import Params, load
 from stages.rankings import earlier, prompt, providers
-from stages.rankings.cache import Answer, Cache, Job, Question
+from stages.rankings.cache import Answer, Cache, Question
 from stages.rankings.earlier import earlier_answers
-from stages.rankings.takeover import take_over
 
 ROOT = Path(__file__).parents[1]
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]
@@ -123,23 +121,30 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(cache(tmp_path).load(wanted)) == 150
 
 
+def _append_and_tell(folder: Path, name: str, pipe: int) -> None:
+    for i in range(10_000):
+        cache(folder).append([Answer(f"{name}{i}" * 50, LABELS)])
+        os.write(pipe, b".")
+
+
 def test_killed_writers_leave_whole_answers(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    stored: list[int] = []
     for round_ in range(5):
-        process = context.Process(target=_append_many, args=(tmp_path, f"{round_}-", 10_000))
+        reader, writer = os.pipe()
+        process = context.Process(target=_append_and_tell, args=(tmp_path, f"{round_}-", writer))
         process.start()
-        deadline = time.monotonic() + 30
-        while not cache(tmp_path).load([f"{round_}-0" * 50]) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(0.01 * round_)
+        os.close(writer)
+        told = sum(len(os.read(reader, 1)) for _ in range(1 + round_))  # stored, and the next one begun
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        stored.append(len(cache(tmp_path).load([f"{round_}-{i}" * 50 for i in range(10_000)])))
+        while more := os.read(reader, 100):
+            told += len(more)
+        os.close(reader)
+        stored = len(cache(tmp_path).load([f"{round_}-{i}" * 50 for i in range(told + 2)]))
+        assert told <= stored <= told + 1
+        assert len(cache(tmp_path).load([f"{round_}-{i}" * 50 for i in range(stored)])) == stored  # without a gap
     cache(tmp_path).append([Answer("好", LABELS)])
-    for round_, count in enumerate(stored):  # each writer's answers are there without a gap
-        assert count and len(cache(tmp_path).load([f"{round_}-{i}" * 50 for i in range(count)])) == count
     with closing(sqlite3.connect(cache(tmp_path).path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -165,51 +170,6 @@ def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path, capfd: pytest.C
     assert list(store.load(["一", "二" * 100_000])) == ["一"]
     store.append([Answer("三", LABELS)])
     assert store.load(["三"])
-
-
-def old_line(transcript: str, ranking: list[str] | None, **changes: Any) -> bytes:
-    """An answer as the cache before the database kept it."""
-    identity = ["openai", "m", "v1", sorted(LABELS)]
-    key = hashlib.sha256(json.dumps([*identity, transcript]).encode()).hexdigest()
-    row = {
-        "key": key, "transcript": transcript, "ranking": ranking, "reason": "", "input_tokens": 300,
-        "output_tokens": 40, "batch": "", "provider": "openai", "model": "m", "prompt_version": "v1"}
-    return json.dumps(row | changes, ensure_ascii=False).encode() + b"\n"
-
-
-def test_answers_of_the_cache_before_the_database_are_taken_over_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [old_line(t, LABELS) for t in "一二三"] + [old_line("四", None, reason="a refusal")]
-    lines += [old_line("五", LABELS, batch="b")] * 2 + [old_line("六", LABELS, key="of another model")]
-    lines += [old_line("七", LABELS).replace(b"[", b"<"), old_line("八", [*LABELS[:5], "anger"])]
-    (tmp_path / "openai-m-v1.jsonl").write_bytes(b"".join(lines) + old_line("九", LABELS)[:50])
-    for _ in range(2):
-        take_over(cache(tmp_path))
-    assert cache(tmp_path).load("一二三四五六七八九") == {
-        **{t: Answer(t, LABELS, 300, 40) for t in "一二三五"}, "四": Answer("四", None, 300, 40, "a refusal")}
-    assert cache(tmp_path).spent("一二三四五", (1.0, 0.0)) == pytest.approx(4.5 * 300 / 1e6)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and "6 answers and 0 batches under way taken over" in said[0] and "2 lines" in said[0]
-    take_over(cache(tmp_path, base_url="https://elsewhere/v1"))  # another question: they answered one only
-    assert cache(tmp_path, base_url="https://elsewhere/v1").load("一") == {}
-
-
-def test_batches_of_the_journal_before_the_database_are_taken_over(tmp_path: Path) -> None:
-    key = json.loads(old_line("", LABELS))["key"]
-    folder = tmp_path / f"openai-m-v1-{hashlib.sha256(key.encode()).hexdigest()[:8]}.batches"
-    folder.mkdir()
-    state = {"base_url": "https://there/v1", "transcripts": ["一"], "worst_usd": 1.0, "key": "k", "created": 5.0,
-             "file_id": "f", "creating": 6.0, "batch_id": "b"}
-    (folder / "k.json").write_text(json.dumps(state))
-    (folder / "k.jsonl").write_text(json.dumps({"custom_id": "c", "body": {"model": "m", "messages": [], "n": 1}}))
-    take_over(cache(tmp_path))
-    (job,) = cache(tmp_path, base_url="https://there/v1").jobs()
-    assert not cache(tmp_path).jobs()  # of the server that it was sent to
-    assert job == Job(["一"], {"n": 1}, 1.0, key="k", created=5.0, file_id="f", creating=6.0, batch_id="b")
-    (folder / "k.jsonl").unlink()
-    with pytest.raises(PipelineError, match="k.json: damaged; .*mer_job = k"):
-        take_over(cache(tmp_path))
 
 
 def test_asking_is_for_one_process_at_a_time(tmp_path: Path) -> None:
@@ -270,6 +230,7 @@ class Scripted:
 
 
 def test_only_what_the_cache_lacks_is_asked(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "pay", pay_in_process)
     p = params(provider="openai", model="m")
     first = Scripted({"一": LABELS, "二": None})
     monkeypatch.setattr(providers, "openai", first)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import QUESTION, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
+from batch_runs import RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, http_error, not_run, said
-from chat_server import KEY, LABELS, drop, fail, ranking_of, raw, say, serving
+from chat_server import KEY, LABELS, QUESTION, drop, fail, ranking_of, raw, say, serving
 
 from stages.engine.errors import PipelineError
 from stages.rankings import openai_batch

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import HASTY, QUESTION, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
+from batch_runs import HASTY, RANKINGS, TRANSCRIPTS, ask, killed, nothing_under_way, rankings, store
 from batch_server import STEPS, BatchServer, said
-from chat_server import KEY, serving
+from chat_server import KEY, QUESTION, pay_in_process, serving
 
 from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.params import read_yaml
-from stages.rankings import openai_batch
+from stages.rankings import openai_batch, providers
 from stages.rankings.cache import FOLDER, Cache, Job, giving_up
 
 ROOT = Path(__file__).parents[1]
@@ -100,10 +100,11 @@ def test_the_stage_collects_what_a_killed_run_left(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(openai_batch, "Patience", lambda: HASTY)
+    monkeypatch.setattr(providers, "pay", pay_in_process)
     server.kill = ("poll", "after")
-    process = multiprocessing.get_context("fork").Process(target=rank_emotions.main)
+    process = multiprocessing.get_context("fork").Process(target=rank_emotions.main, daemon=True)
     process.start()
-    server.victim = process.pid
+    server.victim.put(process.pid)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     values["rankings"]["batch"] = False  # would pay again for what the batch has answered
@@ -209,7 +210,7 @@ def test_a_full_disk_is_one_line_and_loses_no_batch(
         save(self, db, question, job)
         if next(saves) == 3:  # the id of the batch that was just created
             db.execute("PRAGMA max_page_count = 1")  # as SQLite reports a full disk
-            db.execute("INSERT INTO taken_over VALUES (hex(zeroblob(1000000)))")
+            db.execute("INSERT INTO questions VALUES ('q', hex(zeroblob(1000000)))")
 
     monkeypatch.setattr(Cache, "_save", full)
     with pytest.raises(PipelineError, match="answers.sqlite: can't be used: database or disk is full; make room"):

@@ -1,116 +1,135 @@
 """The stage rank_emotions as a process: killed and started again, two at once, and the key in no file or message."""
 
-import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from chat_server import KEY, TOKENS_IN, TOKENS_OUT, Handler, Server, answer, fail, ranking_of, serving
-from ruamel.yaml import YAML
+from chat_server import KEY, TOKENS_IN, TOKENS_OUT, Held, Server, fail, ranking_of, serving
+from stage_runs import TRANSCRIPTS, make_house, ranked, spent, start, stored
 
-from stages.engine.files import write_rows
-from stages.engine.params import read_yaml
-
-ROOT = Path(__file__).parents[1]
-TRANSCRIPTS = [f"这是第{i}句话。" for i in range(120)]
+PRICE = (TOKENS_IN * 2.5 + TOKENS_OUT * 10.0) / 1e6
+WAITS = "another process is asking; waiting for it to end"
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def server(held: Held) -> Iterator[Server]:
     with serving(Server()) as running:
-        running.default = slow
+        running.default = held
         yield running
-
-
-def slow(handler: Handler, request: dict[str, Any]) -> None:
-    time.sleep(0.05)
-    answer(handler, request)
+        held.open.set()
 
 
 @pytest.fixture
 def house(tmp_path: Path, server: Server) -> Path:
-    """A repository with params.yaml for the server, and transcripts."""
-    values = read_yaml(ROOT / "params.yaml")
-    values["rankings"] |= {"provider": "openai", "model": "gpt-test", "base_url": server.url, "max_cost_usd": 10.0}
-    YAML().dump(values, tmp_path / "params.yaml")
-    (tmp_path / "data").mkdir()
-    rows = [(f"c{i}", transcript, "corpus") for i, transcript in enumerate(TRANSCRIPTS)]
-    write_rows(tmp_path / "data/transcripts.csv", ["clip_id", "transcript", "source"], rows)
-    return tmp_path
+    return make_house(tmp_path, server.url)
 
 
-def start(house: Path, **variables: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY, "OPENAI_LOG": "debug"} | variables
-    command = [sys.executable, "-m", "stages.rank_emotions"]
-    return subprocess.Popen(
-        command, cwd=house, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def read_until(process: "subprocess.Popen[str]", text: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(seen))
 
 
-def stored(house: Path) -> set[str]:
-    """The transcripts whose answers are on disk."""
-    with closing(sqlite3.connect(house / ".cache/rankings/answers.sqlite")) as db:
-        return {transcript for (transcript,) in db.execute("SELECT transcript FROM replies WHERE state = 'kept'")}
-
-
-def assert_complete(house: Path) -> None:
-    rows = [json.loads(line) for line in (house / "data/rankings.jsonl").read_text().splitlines()]
-    assert {row["transcript"]: row["ranking"] for row in rows} == {t: ranking_of(t) for t in TRANSCRIPTS}
-
-
-def test_killed_and_started_again_no_stored_answer_is_asked_for_twice(server: Server, house: Path) -> None:
-    asked_before: set[str] = set()
-    for enough in (20, 60):
-        process = start(house)
-        while len(server.answered) < enough:
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        output = process.communicate()[0]
-        assert KEY not in output
-        asked_before = stored(house)
-        assert asked_before and not (house / "data/rankings.jsonl").exists()
-    counts = {transcript: server.answered[transcript] for transcript in asked_before}
-    output = start(house).communicate()[0]
-    assert_complete(house)
-    assert {transcript: server.answered[transcript] for transcript in asked_before} == counts
-    # Only what was under way at a kill, 16 at a time, may have been answered without being stored.
-    assert server.answered.total() <= len(TRANSCRIPTS) + 2 * 16
-    rest = len(TRANSCRIPTS) - len(asked_before)
+@pytest.mark.parametrize("group", [False, True], ids=["the stage", "its process group"])
+def test_after_a_kill_no_answer_is_lost_and_none_is_paid_twice(
+    server: Server, held: Held, house: Path, group: bool
+) -> None:
+    process = start(house)
+    held.full.wait()  # one is answered and 16 requests are under way
+    (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
+    output = process.communicate()[0]  # nobody holds the standard output or error any more
+    assert process.returncode == -signal.SIGKILL and KEY not in output
+    assert len(stored(house)) == 1 and not (house / "data/rankings.jsonl").exists()
+    again = start(house)
+    read_until(again, f"{WAITS} (after a kill, for the replies that are under way: 120 s at most)")
+    held.open.set()
+    output = again.communicate()[0]
+    assert again.returncode == 0, output
+    assert ranked(house) == {t: ranking_of(t) for t in TRANSCRIPTS}
+    assert server.answered == dict.fromkeys(TRANSCRIPTS, 1)
+    rest = len(TRANSCRIPTS) - 17
     assert f"{rest} transcripts to ask gpt-test" in output and "estimate:" in output
     assert f"{rest} of {rest} transcripts ranked, {rest * TOKENS_IN} input and {rest * TOKENS_OUT} output" in output
-    price = (TOKENS_IN * 2.5 + TOKENS_OUT * 10.0) / 1e6
-    told = re.findall(r"([\d.]+) USD spent in all", output)
-    most = (3000 * 2.5 + 200 * 10.0) / 1e6  # of a request whose reply a kill has lost
-    assert len(TRANSCRIPTS) * price <= float(told[-1]) + 1e-4 <= len(TRANSCRIPTS) * price + 2 * 16 * most
+    assert spent(output) == pytest.approx(len(TRANSCRIPTS) * PRICE, abs=1e-4)
 
 
-def test_two_stages_at_once_pay_once(server: Server, house: Path) -> None:
-    processes = [start(house), start(house)]
-    for process in processes:
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-    assert_complete(house)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_at_an_interrupt_what_is_under_way_is_awaited(server: Server, held: Held, house: Path, number: int) -> None:
+    process = start(house)
+    held.full.wait()
+    os.killpg(process.pid, number)
+    held.open.set()
+    output = process.communicate()[0]
+    assert process.returncode == 1
+    *_, told, error = [line for line in output.splitlines() if " - " not in line]  # of the SDK's log
+    asked = len(stored(house))
+    assert told.startswith(f"rank_emotions: {asked} of {len(TRANSCRIPTS)} transcripts ranked, ")
+    assert error == (f"error: interrupted; {asked} of {len(TRANSCRIPTS)} transcripts were ranked now, and every "
+                     f"answer is kept: run again to ask only for the rest")
+    assert server.answered == dict.fromkeys(stored(house), 1) and asked >= 17
+    assert spent(output) == pytest.approx(asked * PRICE, abs=1e-4)
+
+
+def test_a_second_interrupt_ends_the_stage_and_not_what_is_paid_for(server: Server, held: Held, house: Path) -> None:
+    process = start(house)
+    held.full.wait()
+    process.send_signal(signal.SIGINT)
+    while handles_sigterm(process.pid):  # until the first one is handed on
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130 and output.splitlines()[-1] == "interrupted"
+    again = start(house)
+    read_until(again, WAITS)
+    held.open.set()
+    assert "23 of 23 transcripts ranked" in again.communicate()[0]
     assert server.answered == dict.fromkeys(TRANSCRIPTS, 1)
 
 
-def test_the_key_is_in_no_file_output_or_process_list(server: Server, house: Path) -> None:
-    server.script = [fail(500, f"while handling Bearer {KEY}")] * 3
+def test_a_process_that_asks_and_is_killed_is_one_line(server: Server, held: Held, house: Path) -> None:
+    import psutil
+
     process = start(house)
-    while not server.answered:
-        assert process.poll() is None
-        time.sleep(0.005)
+    held.full.wait()
+    (payer,) = psutil.Process(process.pid).children()
+    payer.kill()
+    assert "ended with exit code -9; what is stored is kept: run again\n" in process.communicate()[0]
+    assert process.returncode == 1
+
+
+def test_two_stages_at_once_pay_once(server: Server, held: Held, house: Path) -> None:
+    first = start(house)
+    held.full.wait()
+    second = start(house)
+    read_until(second, WAITS)
+    held.open.set()
+    for process in (first, second):
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    assert ranked(house) == {t: ranking_of(t) for t in TRANSCRIPTS}
+    assert server.answered == dict.fromkeys(TRANSCRIPTS, 1)
+
+
+def test_the_key_is_in_no_file_output_or_process_list(server: Server, held: Held, house: Path) -> None:
+    server.script = [fail(400, f"no, Bearer {KEY}")] * 3
+    process = start(house)
+    held.full.wait()
     lists = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)]
-    assert any(b"stages.rank_emotions" in line for line in lists)
+    assert all(any(name in line for line in lists) for name in (b"stages.rank_emotions", b"stages.engine.apart"))
+    held.open.set()
     output = [process.communicate()[0]]
     server.key = "another"
     (house / "data/transcripts.csv").write_text("clip_id,transcript,source\nc,新的一句,corpus\n", encoding="utf-8")
@@ -118,9 +137,15 @@ def test_the_key_is_in_no_file_output_or_process_list(server: Server, house: Pat
     output += rejected.communicate()[0]
     assert rejected.returncode == 1 and "the key was not accepted" in "".join(output)
     files = [path.read_bytes() for path in house.rglob("*") if path.is_file()]
-    assert len(files) > 3
+    assert len(files) > 3 and b"no, Bearer ***" in b"".join(files)
     for place in [*lists, *files, "".join(output).encode()]:
         assert KEY.encode() not in place and b"0123456789" not in place
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether the process is not ended by it, as the kernel says."""
+    caught = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def readable(path: Path) -> bool:

@@ -8,8 +8,7 @@ import json
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,22 +52,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(model: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
     command = [Path(sys.executable).with_name("transformers"), "serve", model, "--host", "127.0.0.1", "--port", port]
-    with open(log, "w") as file:
-        process = subprocess.Popen([*map(str, command), "--device", "cpu"], stdout=file, stderr=file)
-    deadline = time.monotonic() + 180
-    while True:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+    process = subprocess.Popen([*map(str, command), "--device", "cpu"], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "startup complete" in line:
             break
-        except OSError:
-            time.sleep(0.1)
+    else:
+        raise AssertionError("".join(said))
+    threading.Thread(target=process.stdout.read, daemon=True).start()  # so that it never waits for a reader
     yield f"http://127.0.0.1:{port}/v1"
     process.terminate()
     process.wait(30)

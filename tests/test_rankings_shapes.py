@@ -4,10 +4,8 @@ The handed cases 03, 05, 06, 08 and 34, against a server on loopback.
 """
 
 import json
-import multiprocessing
-import time
+import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +30,13 @@ from reply_shapes import ANSWERS, REASONS, choice, shaped
 
 from stages.engine.errors import PipelineError
 from stages.rankings import openai_batch, replies
-from stages.rankings.cache import Cache, Question
+from stages.rankings.cache import Cache
 from stages.rankings.chat import Chat, Patience
 from stages.rankings.openai_provider import OpenAI
 from stages.rankings.server import connect, look_up
 
-QUESTION = Question("openai", "gpt-test", "v1", tuple(LABELS))
-HASTY = Patience(first_wait=0.005, longest_wait=0.05, timeout=20)
+HASTY = Patience(first_wait=0.0)
 PRICE = (2.5, 10.0)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving(Server()) as running:
-        yield running
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Cache:
-    return Cache(QUESTION, tmp_path)
 
 
 def ask(server: Server, store: Cache, transcripts: list[str], **options: Any) -> OpenAI:
@@ -142,23 +128,22 @@ def test_what_is_under_way_when_the_run_ends_is_awaited_stored_and_counted(serve
 
     def one_ends_it(handler: Handler, request: dict[str, Any]) -> None:
         if transcript_of(request) == "第5句":
-            deadline = time.monotonic() + 20
-            while len(server.requests) < 17 and time.monotonic() < deadline:
-                time.sleep(0.001)
+            for _ in range(15):
+                under_way.acquire()
             fail(429, "no credit", "insufficient_quota")(handler, request)
-        elif len(server.requests) > 1:
-            while not store_stopped.is_set():
-                time.sleep(0.001)
+        elif transcript_of(request) != "第0句":
+            under_way.release()
+            stopped.wait()
             answer(handler, request)
         else:
             answer(handler, request)
 
-    store_stopped = multiprocessing.Event()
+    under_way, stopped = threading.Semaphore(0), threading.Event()
     server.default = one_ends_it
     provider = OpenAI(
         Chat("gpt-test", LABELS, "v1", server.url, KEY), store, price=PRICE, max_cost_usd=10.0, patience=HASTY)
     end = provider._end
-    provider._end = lambda reason: (end(reason), store_stopped.set())[0]  # type: ignore[method-assign]
+    provider._end = lambda reason: (end(reason), stopped.set())[0]  # type: ignore[method-assign]
     with pytest.raises(PipelineError, match="no credit left"):
         provider.rank(transcripts)
     assert server.answered.total() == 16 == sum(a.ranking is not None for a in store.load(transcripts).values())
@@ -332,5 +317,5 @@ def test_a_proxy_that_can_not_be_used_is_one_line(
 def test_a_server_that_answers_nobody_is_given_up_early(server: Server, store: Cache) -> None:
     server.default = raw(b"<html>log in to the network</html>", "text/html")
     with pytest.raises(PipelineError, match="no reply to 2 transcripts and none to any before, .*no JSON; 0 of 50"):
-        ask(server, store, [f"第{i}句" for i in range(50)], patience=Patience(attempts=3, first_wait=0.005))
+        ask(server, store, [f"第{i}句" for i in range(50)], patience=Patience(attempts=3, first_wait=0.0))
     assert len(server.requests) <= 16 * 3

@@ -5,11 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat_server import KEY, TOKENS_IN, Server, ranking_of, serving
+from chat_server import KEY, TOKENS_IN, Server, ranking_of
 from ruamel.yaml import YAML
 
 from stages.engine.files import replacing, write_rows
@@ -40,12 +39,6 @@ def set_params(folder: Path, **changes: object) -> None:
     values = YAML().load(folder / "params.yaml")
     values["rankings"] |= changes
     YAML().dump(values, folder / "params.yaml")
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving(Server()) as running:
-        yield running
 
 
 @pytest.fixture

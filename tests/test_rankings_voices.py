@@ -11,8 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from batch_runs import HASTY
 from batch_server import BatchServer
-from chat_server import KEY, LABELS, TOKENS_IN, TOKENS_OUT, Handler, Server, answer, ranking_of, serving
+from chat_server import (
+    KEY,
+    LABELS,
+    TOKENS_IN,
+    TOKENS_OUT,
+    Handler,
+    Server,
+    answer,
+    pay_in_process,
+    ranking_of,
+    serving,
+)
 from clip_files import write_clip
 from PIL import Image
 from ruamel.yaml import YAML
@@ -23,9 +35,8 @@ from stages.engine.files import file_digest, write_rows
 from stages.engine.manifest import Clip, write_manifest
 from stages.engine.params import load, read_yaml
 from stages.inference.texts import find_texts
-from stages.rankings import openai_batch, openai_provider
+from stages.rankings import openai_batch, openai_provider, providers
 from stages.rankings.cache import Cache
-from stages.rankings.chat import Patience
 from stages.rankings.clips import SAMPLE_RATE, item_of
 from stages.rankings.providers import question, voices
 
@@ -59,9 +70,9 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_rows(tmp_path / "data/transcripts.csv", ["clip_id", "transcript", "source"], rows)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai_provider, "Patience", lambda: Patience(first_wait=0.005, longest_wait=0.05))
-    monkeypatch.setattr(
-        openai_batch, "Patience", lambda: Patience(first_wait=0.005, longest_wait=0.05, first_poll=0.01, settle=0.2))
+    monkeypatch.setattr(providers, "pay", pay_in_process)
+    monkeypatch.setattr(openai_provider, "Patience", lambda: HASTY)
+    monkeypatch.setattr(openai_batch, "Patience", lambda: HASTY)
     return tmp_path
 
 
@@ -257,7 +268,13 @@ def test_the_answers_of_all_voices_travel(server: Server, house: Path, monkeypat
     server.default = answer
 
 
-def test_predict_sends_its_clips_too_and_knows_the_corpus(server: Server, house: Path) -> None:
+def test_predict_sends_its_clips_too_and_knows_the_corpus(
+    server: Server, house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the process that pays, as users run it."""
+    monkeypatch.undo()
+    monkeypatch.chdir(house)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     set_params(server, input="clip")
     rank_emotions.main()
     before = len(server.requests)

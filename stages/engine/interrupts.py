@@ -18,6 +18,8 @@ from typing import Any
 GRACE_SECONDS = 1.0  # for what has to be put in order: temporary files, a params.yaml that was changed
 LAST_SECONDS = 0.3  # after the other processes' end, for those who waited for them
 LINE = b"interrupted\n"
+# What cleans up behind multiprocessing, and ends last; what brings to its end what is paid for, and ends by itself
+SPARED = ("multiprocessing.resource_tracker", "stages.engine.apart")
 EXIT_CODE = 128 + signal.SIGINT  # as shells count
 _came = threading.Event()  # the signal
 
@@ -103,10 +105,10 @@ class _Watch:
         os._exit(EXIT_CODE)
 
     def _find_processes(self) -> None:
-        """All that this program began, and theirs, but the one that cleans up behind multiprocessing: it ends last."""
+        """All that this program began, and theirs, but those SPARED."""
         for process in self._program.children(recursive=True):
             with self._gone:
-                if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+                if not any(name in " ".join(process.cmdline()) for name in SPARED):
                     self._processes.add(process)
 
     def end_processes(self) -> None:

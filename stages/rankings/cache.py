@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stages.engine.errors import PipelineError
 from stages.rankings import prompt
 
 MOST_REPLIES = 3  # to one transcript that are no ranking, in all runs together
+REQUEST_SECONDS = 120.0  # that a reply is waited for
 FOLDER = Path(".cache/rankings")
 VENDOR = "https://api.openai.com/v1"  # what base_url: null means
 BATCH_DISCOUNT = 0.5  # what OpenAI's Batch API bills of the direct price
@@ -40,7 +41,6 @@ CREATE TABLE IF NOT EXISTS replies (
 CREATE INDEX IF NOT EXISTS by_question ON replies (question);
 CREATE UNIQUE INDEX IF NOT EXISTS once_per_batch ON replies (question, transcript, batch) WHERE batch <> '';
 CREATE TABLE IF NOT EXISTS jobs (key TEXT PRIMARY KEY, question TEXT NOT NULL, state TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS taken_over (identity TEXT PRIMARY KEY);
 COMMIT;
 """
 
@@ -68,7 +68,7 @@ class Question:
         return hashlib.sha256(self.identity().encode()).hexdigest()[:16]
 
     def custom_id(self, transcript: str) -> str:
-        """How a batch names the transcript; the same since before the database, for batches begun then."""
+        """How a batch names the transcript."""
         content = [self.provider, self.model, self.prompt_version, sorted(self.labels), transcript]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -127,7 +127,7 @@ class Cache:
             with closing(connection) as db, db:
                 db.execute("PRAGMA journal_mode = TRUNCATE")
                 db.execute("PRAGMA synchronous = FULL")
-                if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'taken_over'").fetchone():
+                if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
                     db.executescript(SCHEMA)
                 db.execute(begin)
                 yield db
@@ -214,28 +214,26 @@ class Cache:
             )  # fmt: skip
         return cursor.lastrowid or 0
 
-    def take_over(self, identity: str, answers: Sequence[Answer], jobs: Sequence[tuple[Question, Job]]) -> bool:
-        """Store what another store held under this name, once; whether this was the first time."""
-        with self._transaction() as db:
-            first = db.execute("INSERT OR IGNORE INTO taken_over VALUES (?)", (identity,)).rowcount > 0
-            if first:
-                self._insert(db, answers)
-                for question, job in jobs:
-                    self._save(db, question.digest, job)
-        return first
-
     @contextmanager
-    def asking(self) -> Iterator[None]:
-        """One process asks at a time: a second one waits here, and then finds the answers of the first."""
+    def asking(self) -> Iterator[IO[str]]:
+        """One process asks at a time: a second one waits here, and then finds the answers of the first.
+
+        The lock is the open file's: whoever inherits that holds it too.
+        """
         lock = self.path.with_name(f"{self.digest}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{lock}: another process is asking; waiting for it to end", file=sys.stderr)
+                print(
+                    f"{lock}: another process is asking; waiting for it to end (after a kill, for the replies that are "
+                    f"under way: {REQUEST_SECONDS:.0f} s at most)",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield file
 
     # ------------------------------------------------------------ batches under way
 

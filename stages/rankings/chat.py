@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.engine.errors import PipelineError
 from stages.rankings import parse, prompt, replies
-from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer
+from stages.rankings.cache import MOST_REPLIES, REQUEST_SECONDS, VENDOR, Answer
 
 if TYPE_CHECKING:
     from openai import APIStatusError
@@ -52,7 +52,7 @@ class Patience:
     answers: int = MOST_REPLIES  # per transcript and in all runs together, for answers that are no ranking
     first_wait: float = 1.0  # doubles with every attempt, with full jitter
     longest_wait: float = 60.0
-    timeout: float = 120.0  # of one request
+    timeout: float = REQUEST_SECONDS  # of one request
     first_poll: float = 10.0  # of a batch; grows by half each time
     longest_poll: float = 300.0
     settle: float = 60.0  # how long a batch just created may be missing from the server's list

@@ -163,46 +163,58 @@ class OpenAI:
                     workers = [asyncio.create_task(self._work(client, queue, bar))]
                     workers[0].add_done_callback(lambda _: self._taught.set())
                     await self._taught.wait()
-                    if len(transcripts) > 1 and self.chat.seen_output and self._stop is None:
-                        rest = self._estimate(transcripts[1:])
-                        print(f"rank_emotions: after the first answer, estimate for the rest: {rest}", flush=True)
+                    ended: list[BaseException | None] = []
+                    try:
+                        if len(transcripts) > 1 and self.chat.seen_output and self._stop is None:
+                            rest = self._estimate(transcripts[1:])
+                            print(f"rank_emotions: after the first answer, estimate for the rest: {rest}", flush=True)
+                    except OSError as error:  # nobody reads it any more
+                        self._end("interrupted")
+                        ended.append(error)
                     others = range(min(self.concurrency, len(transcripts)) - 1)
                     workers += [asyncio.create_task(self._work(client, queue, bar)) for _ in others]
-                    ended = await asyncio.gather(*workers, return_exceptions=True)
+                    ended += await asyncio.gather(*workers, return_exceptions=True)
         for outcome in ended:
             if isinstance(outcome, BaseException):
                 raise outcome
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run after what is under way; a second SIGINT ends it at once."""
+        """SIGINT or SIGTERM ends the run after what is under way; a further SIGINT ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.getsignal(number) or signal.SIG_DFL for number in signals}
 
-        def restore() -> None:
-            for number in signals:
-                loop.remove_signal_handler(number)
-                signal.signal(number, before[number])
+        def restore(number: signal.Signals) -> None:
+            loop.remove_signal_handler(number)
+            signal.signal(number, before[number])
 
         def interrupted() -> None:
             self._end("interrupted")
-            restore()
+            restore(signal.SIGINT)
 
         for number in signals:
             loop.add_signal_handler(number, interrupted)
         try:
             yield
         finally:
-            restore()
+            for number in signals:
+                restore(number)
 
     async def _work(self, client: "AsyncOpenAI", queue: Iterator[str], bar: Any) -> None:
         """Rank transcripts until there is none left or a reason to stop. What is under way then is still awaited."""
         while self._stop is None and (transcript := next(queue, None)) is not None:
             try:
                 reason = await self._rank(client, transcript)
+                self._taught.set()
+                self.answered += not reason
+                self._failures_in_a_row = self._failures_in_a_row + 1 if reason else 0
+                if self._failures_in_a_row == GIVE_UP_AFTER:
+                    self._end(f"{GIVE_UP_AFTER} transcripts in a row without a ranking, the last for {reason}")
+                bar.set_postfix_str(f"{self.budget.spent:.4f} USD", refresh=False)
+                bar.update()
             except _Stopped:
                 return
             except PipelineError as error:
@@ -211,13 +223,6 @@ class OpenAI:
             except BaseException as error:  # of this program: the others' replies are still stored
                 self._end(f"{type(error).__name__}")
                 raise
-            self._taught.set()
-            self.answered += not reason
-            self._failures_in_a_row = self._failures_in_a_row + 1 if reason else 0
-            if self._failures_in_a_row == GIVE_UP_AFTER:
-                self._end(f"{GIVE_UP_AFTER} transcripts in a row without a ranking, the last for {reason}")
-            bar.set_postfix_str(f"{self.budget.spent:.4f} USD", refresh=False)
-            bar.update()
 
     def _end(self, reason: str) -> None:
         self._stop = self._stop or reason

@@ -6,19 +6,20 @@ An item is a transcript, or for a voice with `input: clip` what clips.item_of na
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.engine.apart import run_apart
 from stages.engine.devices import pick_device
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
-from stages.engine.manifest import Source
+from stages.engine.manifest import Segment, Source
 from stages.engine.params import Params, Rankings
 from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer, Cache, Question, giving_up
 from stages.rankings.clips import ClipChat, Sampling
 from stages.rankings.earlier import earlier_answers
-from stages.rankings.takeover import take_over
 from stages.rankings.voices import FIRST
 
 if TYPE_CHECKING:
@@ -47,11 +48,9 @@ def rank(
         Lexicon(p.rankings.model, p.corpus.labels).rank(items, answers.extend)
         return {answer.transcript: answer for answer in answers}
     cache = Cache(question(p))
-    if p.rankings.input == "transcript":
-        take_over(cache)
     known = cache.load(items)
     if unanswered(items, known) or under_way(p, cache):
-        with cache.asking():
+        with cache.asking() as lock:
             known = cache.load(items)  # another process may have asked while we waited
             wanted = unanswered(items, known)
             if wanted and not under_way(p, cache):
@@ -61,11 +60,25 @@ def rank(
             if wanted or under_way(p, cache):
                 if p.rankings.provider == "openai":
                     before = cache.spent(items, prices(p.rankings)) + spent_elsewhere
-                    openai(p, cache, before, clips or {}).rank(wanted)
+                    pay(p, wanted, clips or {}, before, lock.fileno())
                 else:
                     transformers(p, wanted, cache, clips or {})
         known = cache.load(items)
     return known
+
+
+def pay(p: Params, items: Sequence[str], clips: Mapping[str, Source], spent_usd: float, lock: int) -> None:
+    """Ask the openai provider, in a process that keeps the lock and stores what is under way should this be killed."""
+    sources = {item: asdict(clip) if isinstance(clip, Segment) else str(clip) for item, clip in clips.items()}
+    work = {"params": p.model_dump_json(), "items": items, "clips": sources, "spent_usd": spent_usd}
+    run_apart("stages.rankings.providers:pay_here", work, lock)
+
+
+def pay_here(params: str, items: Sequence[str], clips: Mapping[str, Any], spent_usd: float) -> None:
+    """What `pay` has done elsewhere."""
+    p = Params.model_validate_json(params)
+    sources = {item: Segment(**clip) if isinstance(clip, dict) else clip for item, clip in clips.items()}
+    openai(p, Cache(question(p)), spent_usd, sources).rank(items)
 
 
 def spent(items: Sequence[str], p: Params) -> float:

@@ -28,7 +28,7 @@ def connect(kind: type[Client], chat: "Chat", timeout: float) -> Client:
     """
     try:
         return kind(api_key=chat.api_key, base_url=chat.base_url, timeout=timeout, max_retries=0)
-    except Exception as error:  # ValueError, ImportError, httpx's InvalidURL
+    except Exception as error:  # ValueError, ImportError, the HTTP library's InvalidURL
         # A proxy's URL may hold a password: only its scheme is shown.
         values = [(name, os.environ.get(name) or os.environ.get(name.lower(), "")) for name in PROXIES]
         odd = [f"{name} ({value.split('://')[0]}://)" for name, value in values if "://" in value
