@@ -1,6 +1,7 @@
 """Encoders in the engine: batched, cut, split over devices or short of memory, the features are the same."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from stages.encoders.pooling import encoded_row
 from stages.engine import encoding
 from stages.engine.devices import CPU_BATCH_BYTES
 from stages.engine.encoding import Ahead, Encode, batches, runs
-from stages.engine.errors import PipelineError, Skip
+from stages.engine.errors import PipelineError, Skip, run_stage
 from stages.engine.extraction import write_store
 from stages.engine.params import Params
 from stages.engine.store import Store
@@ -91,6 +92,26 @@ def test_order_is_kept_skips_are_recorded_and_nan_is_refused(p: Params) -> None:
     assert "non-finite" in store.reasons[7]
     assert store.mean[9].tolist() == [9, 18]
     assert store.var is not None and store.var.max() == 0
+
+
+class Greedy(Doubler):
+    """Asks the system for more memory than it can give."""
+
+    def encode(self, batch: list[np.ndarray]) -> list[np.ndarray]:
+        return [torch.empty(1 << 50, dtype=torch.uint8).numpy() for _ in batch]
+
+
+def make_greedy(device: str) -> Greedy:
+    return Greedy()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_cpu_without_memory_is_one_line(p: Params, devices: int, capfd: pytest.CaptureFixture[str]) -> None:
+    work = encode(p, make_greedy)
+    with pytest.raises(SystemExit, match="1"):
+        run_stage(write_store, target(kind="features"), inputs(12), work, p, ["cpu"] * devices)
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: a batch of \d clips, c\d\d first: no memory left; free some, .*is kept\)", said)
 
 
 @pytest.mark.parametrize("make", [make_doubler, make_cutter])

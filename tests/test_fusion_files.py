@@ -13,7 +13,7 @@ from fusion_data import LABELS, make_inputs, raw_features, recipe, rounds, tiled
 from safetensors.torch import load_file
 
 from stages import train_fusion
-from stages.engine.errors import PipelineError
+from stages.engine.errors import PipelineError, run_stage
 from stages.engine.store import Store
 from stages.fusion import ensemble as ensemble_module
 from stages.fusion import features
@@ -212,6 +212,14 @@ def test_an_unknown_architecture_is_one_line(run):
         write_params(recipe(architecture=name), rounds())
         with pytest.raises(PipelineError, match=f"params.yaml: fusion.architecture: found '{name}', expected a module"):
             train_fusion.main()
+
+
+def test_a_model_that_no_memory_holds_is_one_line(run, capfd):
+    write_params(recipe(modalities=["prompt"], hidden=1 << 23), rounds())  # 256 TB, for real
+    with pytest.raises(SystemExit, match="1"):
+        run_stage(train_fusion.main)
+    assert capfd.readouterr().err == ("error: no memory left; free some, or lower runtime.workers or "
+                                      "runtime.batch_memory_mb, then run it again (what was finished is kept)\n")
 
 
 def test_damaged_ensemble_is_one_line(tmp_path):

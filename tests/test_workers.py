@@ -39,12 +39,12 @@ def square(number: int, seconds: float = 0.0) -> int:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("noticed", [False, True])
 def test_workers_that_die_idle_are_replaced(workers: Workers, count: int, noticed: bool) -> None:
-    assert list(workers.map(square, [(2,), (3,)])) == [4, 9]
+    assert list(workers.map(pow, [(2, 2), (3, 2)])) == [4, 9]
     for _ in range(5):  # as often as it happens
         kill(count)
         if noticed:
             time.sleep(0.5)
-        assert list(workers.map(square, [(i,) for i in range(20)])) == [i * i for i in range(20)]
+        assert list(workers.map(pow, [(i, 2) for i in range(20)])) == [i * i for i in range(20)]
     assert len(multiprocessing.active_children()) == 2
 
 

@@ -58,10 +58,6 @@ def crops_row(clip_id: str, path: str, stride: int, size: int, quality: int) -> 
     return Row(clip_id, values=images, items={"frame": chosen, "confidence": [1.0] * len(chosen)})
 
 
-def _crops_row(options: tuple[int, int, int], clip_id: str, path: str) -> Row:
-    return crops_row(clip_id, path, *options)
-
-
 def _resized(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
@@ -104,7 +100,8 @@ def import_faces(folder: Path) -> None:
     options = p.faces.stride, p.faces.size, p.faces.quality
     fingerprint = hashlib.sha256(f"import-faces 1 {options}".encode()).hexdigest()[:32]
     target = Target(STAGE, OUT, "images", {"detector": "imported", "size": p.faces.size}, fingerprint)
-    work = PerClip(partial(_crops_row, options), pick_workers(p.runtime), p.runtime.clip_timeout_seconds)
+    function = partial(crops_row, stride=p.faces.stride, size=p.faces.size, quality=p.faces.quality)
+    work = PerClip(function, pick_workers(p.runtime), p.runtime.clip_timeout_seconds)
     write_store(target, inputs, work, p, ["cpu"])
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from stages.corpora.layout import Entry, shown
 from stages.engine.devices import pick_workers
-from stages.engine.errors import PipelineError, Skip, describe
+from stages.engine.errors import PipelineError, Skip, describe, is_machines
 from stages.engine.files import file_digest
 from stages.engine.manifest import Clip, segment_digest
 from stages.engine.params import Params
@@ -40,7 +40,7 @@ def examine_all(p: Params, entries: list[Entry]) -> list[Clip]:
     for path, result in zip(paths, tqdm(results, "corpus", len(paths), unit="clip", mininterval=1), strict=True):
         if isinstance(result, Skip):  # its reader crashed or timed out: the later stages record why they can't use it
             result = (root / path).stat().st_size, file_digest(root / path), None
-        if isinstance(result, (OSError, MemoryError)):
+        if is_machines(result):
             raise PipelineError(f"{root / path}: {describe(result)}")
         files[path] = result
     pool.close()

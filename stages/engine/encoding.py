@@ -155,7 +155,7 @@ class Encode:
         from torch import OutOfMemoryError
 
         try:
-            with working_on(f"a batch of clips {', '.join(dict.fromkeys(clips[i][0] for i, _ in batch))}"):
+            with working_on(f"a batch of {len(batch)} clips, {clips[batch[0][0]][0]} first"):
                 return self._encoder.encode([prepared for _, prepared in batch])
         except OutOfMemoryError:
             return None

@@ -72,10 +72,20 @@ def working_on(what: str) -> Iterator[None]:
         raise
 
 
-def is_machines(error: BaseException) -> bool:
-    """Whether the machine, not what is being read, is at fault: a file that is away, a disk, a limit, no memory."""
+def is_machines(error: object) -> bool:
+    """Whether it is an error of the machine, not of what is being read: a file away, a disk, a limit, no memory."""
     number = error.errno if isinstance(error, OSError) else None
-    return isinstance(error, MemoryError) or (isinstance(number, int) and 0 < number <= LARGEST_ERRNO)
+    return _lacks_memory(error) or (isinstance(number, int) and 0 < number <= LARGEST_ERRNO)
+
+
+def _lacks_memory(error: object) -> bool:
+    """Torch's errors are RuntimeErrors: on a GPU OutOfMemoryError, on a CPU nothing but the text tells."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+        _is_devices(error) or "DefaultCPUAllocator: can't allocate memory" in str(error)))
+
+
+def _is_devices(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # by name, since importing torch takes seconds
 
 
 _is_last: ContextVar[bool] = ContextVar("_is_last", default=True)
@@ -105,8 +115,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}; {REMEDIES.get(error.errno or 0, OTHERWISE)}"
+    elif _is_devices(error):
+        text = "the device has no memory left; free some, or set runtime.device: cpu"
     else:
-        text = "no memory left; free some, or lower runtime.workers"
+        text = "no memory left; free some, or lower runtime.workers or runtime.batch_memory_mb"
     return f"{notes}{text}, then run it again (what was finished is kept)"
 
 
@@ -134,7 +146,7 @@ def run_stage(main: Callable[..., None], *arguments: Any) -> None:
         for stream in (sys.stdout, sys.stderr):  # what Python still writes at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except (OSError, MemoryError) as error:
+    except Exception as error:
         if not is_machines(error):
             raise
         text = describe(error)

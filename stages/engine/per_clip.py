@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.engine.devices import pick_workers
-from stages.engine.errors import Died, PipelineError, Skip, describe, working_on
+from stages.engine.errors import Died, PipelineError, Skip, describe, is_machines, working_on
 from stages.engine.extraction import leave_empty, write_store
 from stages.engine.fingerprint import stage_fingerprint
 from stages.engine.manifest import Source, read_manifest, source_of
@@ -109,7 +109,7 @@ def rows_of(clips: Sequence[Input], results: Iterator[Any]) -> list[Row]:
             continue
         with working_on(f"clip {clip.clip_id}"):
             result = next(results)
-        if isinstance(result, (OSError, MemoryError)):
+        if is_machines(result):
             raise PipelineError(f"clip {clip.clip_id}: {describe(result)}")
         rows.append(result_row(clip.clip_id, result))
     return rows

@@ -22,7 +22,7 @@ from stages.engine.errors import ATTEMPTS, Died, PipelineError, Skip, insist, is
 from stages.engine.interrupts import interrupted, uninterrupted
 
 CONTEXT = multiprocessing.get_context("spawn")  # a fork of a process with threads (HDF5, OpenMP) can dead-lock
-HERE = b""  # what a worker says when it can work, and when it has a task: if it ends then, that was the task
+HERE = b""  # what a worker says when it has started, and when it begins a task, whose doing its end then is
 NO_WORKERS = ("decoding processes end before they can work (out of memory, or too many open files: ulimit -n); "
               "finished shards are kept, run dvc repro again")
 
@@ -167,14 +167,13 @@ def _serve(pipe: Any) -> None:
     with suppress(EOFError, ConnectionError):
         pipe.send_bytes(HERE)
         while True:
-            call = pipe.recv_bytes()
-            pipe.send_bytes(HERE)
-            pipe.send_bytes(_outcome(call))
+            pipe.send_bytes(_outcome(pipe.recv_bytes(), pipe))
 
 
-def _outcome(call: bytes) -> bytes:
+def _outcome(call: bytes, pipe: Any) -> bytes:
     try:
-        function, arguments = pickle.loads(call)
+        function, arguments = pickle.loads(call)  # may import the function's module, which is not the task's doing
+        pipe.send_bytes(HERE)
         return pickle.dumps((insist(lambda: function(*arguments)), None))
     except Exception as error:
         return pickle.dumps((None, ExceptionWithTraceback(error, error.__traceback__)))

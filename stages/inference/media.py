@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from stages.engine.errors import Skip, is_machines
 from stages.engine.manifest import Source
 from stages.engine.params import Params
 from stages.engine.per_clip import Decode, result_row
@@ -57,9 +58,11 @@ class Decoding:
 
 
 def _rows(clips: Sequence[Source], results: Iterator[Any]) -> list[Row]:
-    """Nothing here is kept, so a fault of the machine is only this prediction's reason."""
-    return [
-        Row(name_of(clip), reason=f"can't be read: {result.strerror if isinstance(result, OSError) else 'no memory'}")
-        if isinstance(result, (OSError, MemoryError)) else result_row(name_of(clip), result)
-        for clip, result in zip(clips, results, strict=True)
-    ]
+    return [result_row(name_of(clip), usable(result)) for clip, result in zip(clips, results, strict=True)]
+
+
+def usable(result: Any) -> Any:
+    """What a worker gave; nothing here is kept, so a fault of the machine is only this prediction's reason."""
+    if is_machines(result):
+        return Skip(f"can't be read: {result.strerror if isinstance(result, OSError) else 'no memory'}")
+    return result

@@ -21,6 +21,7 @@ from stages.engine.params import Params
 from stages.engine.per_clip import result_row
 from stages.engine.store import Row
 from stages.engine.workers import Workers
+from stages.inference.media import usable
 from stages.media.audio import audio_decoder, load_audio
 from stages.media.clip import Reader, probe_duration
 
@@ -91,14 +92,7 @@ def _spans(clips: Sequence[Path], way: str, workers: Workers) -> Iterable[Row]:
     function: Callable[[str], Row] = voices if way == "vad" else partial(even, seconds=float(way))
     results = workers.map(function, [(str(clip),) for clip in clips])
     shown = tqdm(results, "segment", len(clips), unit="file", mininterval=1, disable=len(clips) == 1)
-    return (result_row(str(clip), _usable(result)) for clip, result in zip(clips, shown, strict=True))
-
-
-def _usable(result: Any) -> Any:
-    """A fault of the machine is only this prediction's reason."""
-    if isinstance(result, (OSError, MemoryError)):
-        return Skip(f"can't be read: {result.strerror if isinstance(result, OSError) else 'no memory'}")
-    return result
+    return (result_row(str(clip), usable(result)) for clip, result in zip(clips, shown, strict=True))
 
 
 def voices(path: str) -> Row:
@@ -161,7 +155,7 @@ def _said(clips: Sequence[Path], p: Params, workers: Workers) -> Iterable[Row]:
     decode = audio_decoder(p)
     for clip in tqdm(clips, "segment", unit="file", mininterval=1, disable=len(clips) == 1):
         (result,) = workers.map(decode, [(str(clip), str(clip))])
-        sound = result_row(str(clip), _usable(result))
+        sound = result_row(str(clip), usable(result))
         (row,) = work.rows(row_inputs("audio", [sound], p.audio.sample_rate)) if sound.present else (sound,)
         yield row if row.present or row.reason else Row(str(clip), reason=sound.reason)
     work.close()

@@ -40,19 +40,11 @@ TEMPLATES = {
 def draw(emotion: str, rng: np.random.Generator) -> str:
     """A sentence that expresses the emotion."""
     template = TEMPLATES[emotion][int(rng.integers(len(TEMPLATES[emotion])))]
-    for slot, words in SLOTS.items():
-        template = template.replace(f"{{{slot}}}", words[int(rng.integers(len(words)))])
-    return template
+    return template.format(**{slot: words[int(rng.integers(len(words)))] for slot, words in SLOTS.items()})
 
 
 def sentences() -> list[str]:
     """Every sentence that can occur, in a fixed order: what the miniature tokenizer is trained on."""
-    found = []
-    for template in itertools.chain.from_iterable(TEMPLATES.values()):
-        used = [slot for slot in SLOTS if f"{{{slot}}}" in template]
-        for words in itertools.product(*(SLOTS[slot] for slot in used)):
-            sentence = template
-            for slot, word in zip(used, words, strict=True):
-                sentence = sentence.replace(f"{{{slot}}}", word)
-            found.append(sentence)
-    return found
+    fillings = [dict(zip(SLOTS, words, strict=True)) for words in itertools.product(*SLOTS.values())]
+    return list(dict.fromkeys(template.format(**filling) for template in itertools.chain(*TEMPLATES.values())
+                              for filling in fillings))
