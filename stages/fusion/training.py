@@ -25,7 +25,14 @@ from stages.engine.params import Fusion
 from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble, Outputs, lane_count
-from stages.fusion.features import Inputs, Standardised, Statistics, fold_statistics
+from stages.fusion.features import (
+    Inputs,
+    Standardised,
+    Statistics,
+    fold_statistics,
+    group_of_digest,
+    group_statistics,
+)
 
 
 def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outputs:
@@ -37,8 +44,9 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outp
     """
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
-    statistics = fold_statistics(inputs, recipe.standardize)
-    trainings = fit(inputs, recipe, labels, statistics, models, name)
+    statistics, groups = fold_statistics(inputs, recipe), group_statistics(inputs, recipe.by_group)
+    feeds = [Standardised(inputs, statistics, fold, groups) for fold in range(inputs.fold_count)]
+    trainings = fit(inputs, recipe, labels, feeds, models, name)
     best, last, own = (torch.empty(shape[0], len(inputs.labels), len(inputs.label_names)) for _ in range(3))
     for (s, _), training in zip(models, trainings, strict=True):
         best[s, training.valid], last[s, training.valid] = training.best_softmax, training.softmax
@@ -50,14 +58,20 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outp
         inputs.label_names,
         tuple(recipe.seeds),
         weights,
-        {key: (mean.cpu(), scale.cpu()) for key, (mean, scale) in statistics.items()},
+        on_cpu(statistics),
         {modality.name: modality.source for modality in inputs.modalities},
         recipe.epoch,
         np.reshape([training.kept.epoch for training in trainings], shape).tolist(),
+        on_cpu(groups),
+        group_of_digest(inputs) if groups else {},
     )
     curves = torch.stack([torch.tensor(training.curve) for training in trainings]).unflatten(0, shape)
     votes, rows = ensemble.predict(inputs, inputs.others), inputs.labelled
     return Outputs(ensemble, best[:, rows], last[:, rows], own[:, rows], votes, curves)
+
+
+def on_cpu(statistics: Statistics) -> Statistics:
+    return {name: (mean.cpu(), scale.cpu()) for name, (mean, scale) in statistics.items()}
 
 
 def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
@@ -71,15 +85,14 @@ def fit(
     inputs: Inputs,
     recipe: Fusion,
     labels: np.ndarray,
-    statistics: Statistics,
+    feeds: Sequence[Standardised],
     models: Sequence[tuple[int, int]],
     name: str,
 ) -> list["Training"]:
     """Train the models (position of the seed, fold), epoch by epoch in turns, so that five keep two cores busy.
 
-    With recipe.epoch `common` those of one seed that are trained here share an epoch.
+    feeds: what the models of each fold are fed. With recipe.epoch `common` the models of one seed share an epoch.
     """
-    feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
     trainings = [Training(inputs, recipe, labels[s], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
     if recipe.epoch == "common":
         for seed in {s for s, _ in models}:
