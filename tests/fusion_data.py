@@ -23,7 +23,7 @@ def recipe(**changes) -> Fusion:
     small = {
         "modalities": ["sound", "face", "prompt"],
         "architecture": "attention",
-        "standardize": True,
+        "standardize": "fold",
         "modality_dropout": 0.3,
         "keep_one": True,
         "hidden": 16,

@@ -25,7 +25,7 @@ def make(**changes):
 
 
 def trainings(inputs, p, labels):
-    feeds = [Standardised(inputs, fold_statistics(inputs, p.standardize), fold) for fold in range(3)]
+    feeds = [Standardised(inputs, fold_statistics(inputs, p), fold) for fold in range(3)]
     return [Training(inputs, p, labels[s, fold], feeds[fold], p.seeds[s], fold) for s, fold in np.ndindex(SHAPE)]
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def one_model(inputs, **changes):
     """A model of fold 0 without dropout, and its feed."""
     p = recipe(dropout=0.0, modality_dropout=0.0, **changes)
-    feed = Standardised(inputs, fold_statistics(inputs, p.standardize), 0)
+    feed = Standardised(inputs, fold_statistics(inputs, p), 0)
     return Training(inputs, p, inputs.labels, feed, 3, 0), feed
 
 

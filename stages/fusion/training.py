@@ -26,7 +26,14 @@ from stages.engine.params import Fusion
 from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble, Outputs, lane_count
-from stages.fusion.features import Inputs, Standardised, Statistics, fold_statistics
+from stages.fusion.features import (
+    Inputs,
+    Standardised,
+    Statistics,
+    fold_statistics,
+    group_of_digest,
+    group_statistics,
+)
 
 
 def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, votes_last: bool = False) -> Outputs:
@@ -39,8 +46,9 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, votes_l
     """
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
-    statistics = fold_statistics(inputs, recipe.standardize)
-    trainings = fit(inputs, recipe, labels, statistics, models, name)
+    statistics, groups = fold_statistics(inputs, recipe), group_statistics(inputs, recipe.by_group)
+    feeds = [Standardised(inputs, statistics, fold, groups) for fold in range(inputs.fold_count)]
+    trainings = fit(inputs, recipe, labels, feeds, models, name)
     best, last, own = (torch.empty(shape[0], len(inputs.labels), len(inputs.label_names)) for _ in range(3))
     for (s, _), training in zip(models, trainings, strict=True):
         best[s, training.valid], last[s, training.valid] = training.best_softmax, training.softmax
@@ -50,10 +58,12 @@ def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, votes_l
         inputs.label_names,
         tuple(recipe.seeds),
         _stack([training.kept.weights for training in trainings], shape),
-        {key: (mean.cpu(), scale.cpu()) for key, (mean, scale) in statistics.items()},
+        on_cpu(statistics),
         {modality.name: modality.source for modality in inputs.modalities},
         recipe.epoch,
         np.reshape([training.kept.epoch for training in trainings], shape).tolist(),
+        on_cpu(groups),
+        group_of_digest(inputs) if groups else {},
     )
     curves = torch.stack([torch.tensor(training.curve) for training in trainings]).unflatten(0, shape)
     votes, rows = ensemble.predict(inputs, inputs.others), inputs.labelled
@@ -67,6 +77,10 @@ def _stack(states: Sequence[dict[str, Tensor]], shape: tuple[int, int]) -> dict[
     return {name: torch.stack([state[name] for state in states]).unflatten(0, shape).cpu() for name in states[0]}
 
 
+def on_cpu(statistics: Statistics) -> Statistics:
+    return {name: (mean.cpu(), scale.cpu()) for name, (mean, scale) in statistics.items()}
+
+
 def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
     """The model for these modalities and labels."""
     names, dimensions = tuple(m.name for m in inputs.modalities), tuple(m.dimension for m in inputs.modalities)
@@ -78,15 +92,14 @@ def fit(
     inputs: Inputs,
     recipe: Fusion,
     labels: np.ndarray,
-    statistics: Statistics,
+    feeds: Sequence[Standardised],
     models: Sequence[tuple[int, int]],
     name: str,
 ) -> list["Training"]:
     """Train the models (position of the seed, fold), epoch by epoch in turns, so that five keep two cores busy.
 
-    With recipe.epoch `common` those of one seed that are trained here share an epoch.
+    feeds: what the models of each fold are fed. With recipe.epoch `common` the models of one seed share an epoch.
     """
-    feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
     trainings = [Training(inputs, recipe, labels[s, fold], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
     if recipe.epoch == "common":
         for seed in {s for s, _ in models}:
