@@ -17,7 +17,7 @@ from stages.engine.errors import PipelineError, one_line
 from stages.engine.files import empty_folder, replacing, write_json, write_tensors
 from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
-from stages.fusion.features import Inputs, Standardised, Statistics
+from stages.fusion.features import Inputs, Standardised, Statistics, write_clips
 
 PREDICT_ROWS = 1024  # clips per chunk: bounds the memory of a prediction, whatever the number of clips
 
@@ -224,11 +224,9 @@ def save_outputs(folder: Path, inputs: Inputs, outputs: Outputs, curves: pd.Data
     empty_folder(folder)
     outputs.ensemble.save(folder)
     write_tensors(folder / "predictions.safetensors", {name: getattr(outputs, name) for name in PREDICTIONS})
-    rows = np.concatenate([inputs.labelled, inputs.others])
-    clips = pd.DataFrame({"clip_id": np.array(inputs.clip_ids, dtype=object)[rows], "split": inputs.splits[rows]})
-    for name, table in (("clips.csv", clips), ("curves.csv", curves)):
-        with replacing(folder / name) as file:
-            table.to_csv(file, index=False, lineterminator="\n")
+    write_clips(folder, inputs)
+    with replacing(folder / "curves.csv") as file:
+        curves.to_csv(file, index=False, lineterminator="\n")
 
 
 def load_outputs(folder: Path) -> Outputs:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.errors import PipelineError
+from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, read_folds, read_manifest
 from stages.engine.params import Fusion
 from stages.engine.store import Store
@@ -115,6 +116,12 @@ def load_inputs(modalities: Sequence[str], label_names: Sequence[str], device: s
     loaded = (_load_modality(entries[n], clip_ids, splits == "labelled", count, dtype, device) for n in modalities)
     groups, digests = number_groups([clip.group for clip in clips]), [clip.digest for clip in clips]
     return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(loaded), groups, digests)
+
+
+def write_clips(folder: Path, inputs: Inputs) -> None:
+    """clips.csv: clip_id and split of the rows of predictions, labelled clips first, then the others."""
+    rows = [*inputs.labelled, *inputs.others]
+    write_rows(folder / "clips.csv", ["clip_id", "split"], [(inputs.clip_ids[row], inputs.splits[row]) for row in rows])
 
 
 def _labels_and_folds(clips: Sequence[Clip], label_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
