@@ -55,7 +55,7 @@ engine, epochs = sys.argv[1], int(sys.argv[2])
 set_threads(engine != "batched")
 recipe = Fusion(modalities=list(fusion.DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128,
                 dropout=0.3, epochs=epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=[0],
-                **({"missing": "off"} if engine == "batched" else {"architecture": "attention"}))
+                **({"missing": "off"} if engine == "batched" else {"architecture": "attention", "segments": 8}))
 inputs = fusion.random_inputs(0, fusion.torch.float32, "cpu")
 statistics, models = fusion.fold_statistics(inputs, True), [(0, fold) for fold in range(fusion.FOLDS)]
 groups = fusion.groups_of_folds(inputs, recipe) if engine == "vmap" else []
@@ -86,7 +86,7 @@ def main() -> None:
     fusion = Fusion(
         modalities=list(DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3,
         epochs=options.epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=list(range(options.seeds)),
-        architecture="attention",
+        architecture="attention", segments=8,
     )
     print(f"{len(os.sched_getaffinity(0))} CPU cores, {device}")
     if options.whole:

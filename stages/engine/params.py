@@ -183,6 +183,7 @@ class Fusion(Section):
     standardize: bool
     modality_dropout: Probability
     keep_one: bool
+    segments: Annotated[int, Field(ge=2)]
     hidden: Positive
     dropout: Probability
     epochs: Positive
