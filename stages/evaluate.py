@@ -59,10 +59,12 @@ def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:
     import numpy as np
 
     from stages.evaluation import figures
+    from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import load_ensemble
     from stages.fusion.features import load_inputs
 
-    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, pick_device(p.runtime.device))
+    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, pick_device(p.runtime.device),
+                         segments_read(p.fusion))
     set_threads(True)  # chunks of clips are computed side by side, each by one thread
     ensemble = load_ensemble("models/self_training")
     known = inputs.others[run.known("test")]

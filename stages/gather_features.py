@@ -25,6 +25,7 @@ def describe_modality(name: str, store: Store) -> dict[str, Any]:
         "folder": str(store.folder),
         "dimension": int(store.attrs["dimension"]),
         "statistics": ["mean", "var"] if store.attrs["variance"] else ["mean"],
+        "frames": store.keeps_frames,
         "per_fold": store.attrs.get("folds", 1) > 1,
         "leaky": bool(store.attrs.get("leaky", False)),
         "present": int(store.present.sum()),

@@ -24,10 +24,11 @@ def main() -> None:
     from safetensors.torch import save
 
     from stages.fusion import self_training
+    from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import cross_validation, curve_table, load_outputs, save_outputs
     from stages.fusion.features import load_inputs
 
-    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
+    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device, segments_read(p.fusion))
     set_threads(True)  # models are computed side by side, each by one thread
     start = load_outputs(Path("models/fusion"))
     if list(start.ensemble.seeds) != p.fusion.seeds or start.votes.shape[2] != len(inputs.others):

@@ -13,11 +13,12 @@ def main() -> None:
     device = pick_device(p.runtime.device)
     import numpy as np
 
+    from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import cross_validation, curve_table, save_outputs
     from stages.fusion.features import GROUP_MINIMUM, load_inputs
     from stages.fusion.training import train
 
-    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
+    inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device, segments_read(p.fusion))
     set_threads(True)  # models are computed side by side, each by one thread
     labels = np.tile(inputs.labels, (len(p.fusion.seeds), inputs.fold_count, 1))
     outputs = train(inputs, p.fusion, labels, "train_fusion", votes_last=True)

@@ -26,6 +26,7 @@ def recipe(**changes) -> Fusion:
         "standardize": "fold",
         "modality_dropout": 0.3,
         "keep_one": True,
+        "segments": 4,
         "hidden": 16,
         "dropout": 0.3,
         "epochs": 3,

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSION = Path(__file__).parent.parent / "stages/fusion"
 NAMES = sorted(path.stem for path in FUSION.glob("*.py")
                if hasattr(importlib.import_module(f"stages.fusion.{path.stem}"), "Model"))
-WIDTHS = (12, 9, 6, 5)
+WIDTHS, SEGMENTS = (12, 9, 6, 5), (3, 3, 2, 1)
 
 
 def test_the_architectures_that_params_name() -> None:
-    assert {"attention", "concatenation", "late", "lmf", "transformer"} <= set(NAMES)
+    assert {"attention", "concatenation", "late", "lmf", "transformer", "frames"} <= set(NAMES)
 
 
 @pytest.fixture(params=NAMES)
@@ -37,7 +37,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def build(name: str, count: int = 3, **changes: float) -> torch.nn.Module:
     values = {"hidden": 16, "dropout": 0.3, "modality_dropout": 0.5, "keep_one": False} | changes
     torch.manual_seed(3)
-    return Architecture(name, tuple("abcd"[:count]), WIDTHS[:count], 5, **values).build(
+    return Architecture(name, tuple("abcd"[:count]), WIDTHS[:count], 5, segments=SEGMENTS[:count], **values).build(
         torch.Generator().manual_seed(5))
 
 
@@ -102,8 +102,15 @@ def test_randomness_is_the_generator_s_alone(name: str) -> None:
     assert any(isinstance(module, Dropout) for module in model.modules())
 
 
+def in_segments(inputs: Inputs) -> Inputs:
+    """As if the features of two of the modalities were those of parts of time."""
+    parts = zip(inputs.modalities, (5, 7, 1), strict=True)
+    return dataclasses.replace(inputs, modalities=tuple(dataclasses.replace(m, segments=n) for m, n in parts))
+
+
 def trained(name: str, **changes: object) -> tuple[Inputs, np.ndarray, Outputs]:
     inputs, truth = make_inputs(labelled=100, unlabelled=60)
+    inputs = in_segments(inputs)
     p = recipe(architecture=name, **changes)
     return inputs, truth, train(inputs, p, tiled(inputs, p), "test")
 
@@ -117,7 +124,7 @@ def test_learns(name: str) -> None:
 def test_a_model_among_others_equals_itself_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ensemble_module, "cores", lambda: 3)
     p = recipe(architecture=name, epochs=2)
-    inputs, _ = make_inputs()
+    inputs = in_segments(make_inputs()[0])
     labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)
     together = fit(inputs, p, labels, statistics, [(0, 0), (0, 1), (1, 2)], "test")
     alone = Training(inputs, p, labels[0, 1], Standardised(inputs, statistics, 1), p.seeds[0], 1)

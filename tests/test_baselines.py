@@ -16,7 +16,7 @@ from stages import baselines as stage
 from stages.evaluation import metrics
 from stages.fusion import baselines as module
 from stages.fusion.baselines import FINAL, INNER_FOLDS, STRENGTHS, Baselines, baselines, choose
-from stages.fusion.features import Inputs, fold_statistics
+from stages.fusion.features import Inputs, Standardised, fold_statistics
 from stages.fusion.folds import inner_split
 from stages.fusion.logistic_regression import Solution, coordinates, fit
 
@@ -130,7 +130,9 @@ def test_inner_folds_keep_groups_together() -> None:
 
 def found(inputs: Inputs, groups: np.ndarray | None = None, seeds: tuple[int, ...] = (0, 1)) -> Baselines:
     groups = np.full(len(inputs.clip_ids), "") if groups is None else groups
-    return baselines(inputs, fold_statistics(inputs, True), groups, seeds)
+    statistics = fold_statistics(inputs, recipe())
+    feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
+    return baselines(inputs, feeds, groups, seeds)
 
 
 def test_predictions_are_scikit_learns_on_the_concatenated_standardised_features() -> None:

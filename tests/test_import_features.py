@@ -118,7 +118,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     monkeypatch.setattr(importing, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return Request(Path("meld"), {"voice": Path("mine/voice-UTT"), "face": Path("mine/face-FRA")},
-                   Path("mine/labels.csv"), None, "ignore", 0.1)
+                   Path("mine/labels.csv"), None, "ignore", 0.1, False)
 
 
 def test_stores_hold_the_files_pooled_over_time(request_: Request) -> None:
@@ -138,6 +138,14 @@ def test_stores_hold_the_files_pooled_over_time(request_: Request) -> None:
     p = load_fusion("meld/params.yaml")
     assert p.corpus.labels == CLASSES and p.fusion.modalities == ["voice", "face"]
     assert p.self_training.rounds == 0  # there are no unlabelled clips
+
+
+def test_frames_are_kept_where_asked_for(request_: Request) -> None:
+    import_features(replace(request_, keep_frames=True))
+    voice, face = Store("meld/features/voice"), Store("meld/features/face")
+    assert (voice.keeps_frames, face.keeps_frames) == (False, True)
+    for clip_id, found in zip(face.clip_ids, face.frames(), strict=True):
+        np.testing.assert_array_equal(found, np.load(f"mine/face-FRA/{clip_id}.npy"))
 
 
 def test_a_second_file_gives_the_test_clips_and_mers_columns_are_known(request_: Request) -> None:

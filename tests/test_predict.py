@@ -84,6 +84,16 @@ def test_a_fusion_without_attention_leaves_its_scores_empty(trained_copy: Path) 
         assert {v for k, v in row.items() if k.startswith("attention_")} == {""}
 
 
+def test_a_fusion_that_attends_over_time_gets_frames(trained_copy: Path) -> None:
+    models_of("frames", (4, 2, 1, 3), hubert=64 * 4, clip=64 * 2, baichuan=96 * 3)  # means without variances
+    run_predict("clips", "--transcripts", word_table({"a": SENTENCES[0], "b": SENTENCES[1]}), "--out", "p.csv")
+    found = rows(Path("p.csv"))
+    assert all(row["prediction"] for row in found.values())
+    assert {found["clips/a.mp4"][f"present_{name}"] for name in ("hubert", "clip", "emovclip", "baichuan")} == {"true"}
+    models_of("frames", (4, 2, 1, 3), hubert=65 * 4, clip=64 * 2, baichuan=96 * 3)
+    run_predict("clips/a.mp4", expect=1)
+
+
 def test_no_readable_clip_is_exit_code_1(
     trained_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,9 +218,9 @@ def without_weights(name: str) -> None:
     models_of()
 
 
-def models_of(name: str = "attention", **changes: int) -> None:
+def models_of(name: str = "attention", segments: tuple[int, ...] = (), **changes: int) -> None:
     shutil.rmtree("models/self_training")
-    save_ensemble(name, **changes)
+    save_ensemble(name, segments, **changes)
 
 
 def test_params_that_are_not_those_of_the_models_are_found() -> None:

@@ -58,9 +58,9 @@ def make_trained(root: Path) -> None:
     shutil.copyfile(root / "clips/a.mp4", root / "clips/c.mp4")
 
 
-def save_ensemble(name: str = "attention", **changes: int) -> None:
+def save_ensemble(name: str = "attention", segments: tuple[int, ...] = (), **changes: int) -> None:
     """models/self_training and its temperature, in the working directory. changes: of DIMENSIONS."""
-    make_ensemble(name, **changes).save(Path("models/self_training"))
+    make_ensemble(name, segments, **changes).save(Path("models/self_training"))
     digest = file_digest("models/self_training/ensemble.safetensors")
     write_json("models/calibration.json", {"temperature": TEMPERATURE, "ensemble": digest})
 
@@ -77,7 +77,7 @@ def write_details(folder: Path) -> None:
     write_json(folder / "metrics.json", figures.headline(details))
 
 
-def make_ensemble(name: str = "attention", **changes: int) -> Ensemble:
+def make_ensemble(name: str = "attention", segments: tuple[int, ...] = (), **changes: int) -> Ensemble:
     """Fold models that were never trained, but differ, each with a standardisation of its own, for the repository that
     is the working directory. changes: of DIMENSIONS.
     """
@@ -86,7 +86,7 @@ def make_ensemble(name: str = "attention", **changes: int) -> Ensemble:
     learned_from = {name: {"loaded": loaded_digest(p.extractors[name]).hex()} for name in DIMENSIONS}
     dimensions = {**DIMENSIONS, **changes}
     architecture = Architecture(name, tuple(dimensions), tuple(dimensions.values()), len(labels), hidden=32,
-                                dropout=0.3, modality_dropout=0.3, keep_one=True)
+                                dropout=0.3, modality_dropout=0.3, keep_one=True, segments=segments)
     torch.manual_seed(0)
     models = [architecture.build().state_dict() for _ in range(len(SEEDS) * FOLDS)]
     weights = {name: torch.stack([model[name] for model in models]).unflatten(0, (len(SEEDS), FOLDS))

@@ -62,6 +62,7 @@ class Request:
     test: Path | None
     unlisted: str  # error | unlabelled | ignore
     max_missing: float
+    keep_frames: bool
 
 
 # ---------------------------------------------------------------- labels
@@ -164,7 +165,8 @@ def write_data(request: Request, entries: list[Entry], target: Path) -> None:
             raise PipelineError(f"{folder}: {len(missing)} of {len(clip_ids)} clips have no file ({shown(missing)}), "
                                 f"more than --max-missing {request.max_missing} allows; the folder has "
                                 f"{shown([path.name for path in files.values()])}")
-        absent.append(set(write_features(target / "features" / name, name, clip_ids, files)))
+        absent.append(set(write_features(target / "features" / name, name, clip_ids, files,
+                                         request.keep_frames)))
         if absent[-1]:
             print(f"import-features: {len(absent[-1])} of {len(clip_ids)} clips are absent from {name}")
     if everywhere := sorted(set.intersection(*absent)):
@@ -292,6 +294,8 @@ def parse(arguments: Sequence[str]) -> Request:
                         help="clips that have features but no row in a CSV (error)")
     parser.add_argument("--max-missing", type=float, default=0.1, metavar="SHARE",
                         help="of the clips that may lack a file in a modality (0.1)")
+    parser.add_argument("--keep-frames", action="store_true",
+                        help="of files of shape (frames, C) keep the frames too, for fusion.architecture: frames")
     values = parser.parse_args(arguments)
     features: dict[str, Path] = {}
     for pair in values.features:
@@ -300,7 +304,8 @@ def parse(arguments: Sequence[str]) -> Request:
             raise PipelineError(f"{pair}: expected NAME=FOLDER with a name of its own in small letters, digits and _, "
                                 f"and not emovclip, whose features are made per fold")
         features[name] = Path(folder)
-    return Request(values.folder, features, values.labels, values.test, values.unlisted, values.max_missing)
+    return Request(values.folder, features, values.labels, values.test, values.unlisted, values.max_missing,
+                   values.keep_frames)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ An empty or all-zero array is what MERTools writes where it found nothing, no fa
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +82,11 @@ def common_layout(paths: Sequence[Path]) -> Layout:
     return layouts.most_common(1)[0][0]
 
 
-def read_row(clip_id: str, path: Path | None, layout: Layout) -> Row:
-    """The clip's row: mean over time, and variance where there are frames. Raises PipelineError for another layout."""
+def read_row(clip_id: str, path: Path | None, layout: Layout, keep_frames: bool = False) -> Row:
+    """The clip's row: mean over time, and variance where there are frames; keep_frames: those too, as float32.
+
+    Raises PipelineError for another layout.
+    """
     if path is None:
         return Row(clip_id, reason="no feature file")
     array = read_array(path)
@@ -93,19 +96,22 @@ def read_row(clip_id: str, path: Path | None, layout: Layout) -> Row:
         raise PipelineError(f"{path}: found shape {array.shape}, expected {layout} as in most files of the folder")
     with np.errstate(over="ignore"):
         row = pooled_row(clip_id, array if layout.axes == 2 else array[None], False, layout.axes == 2)
-    if not all(np.isfinite(statistic).all() for statistic in (row.mean, row.var) if statistic is not None):
+        row = replace(row, values=array.astype(np.float32)) if keep_frames else row
+    if not all(np.isfinite(part).all() for part in (row.mean, row.var, row.values) if part is not None):
         raise PipelineError(f"{path}: holds numbers too large for float32")
     return row
 
 
-def write_features(out: Path, name: str, clip_ids: Sequence[str], files: Mapping[str, Path]) -> list[str]:
+def write_features(
+    out: Path, name: str, clip_ids: Sequence[str], files: Mapping[str, Path], keep_frames: bool = False
+) -> list[str]:
     """Write the feature store of one modality over these clips; returns the clips that are absent from it."""
     layout = common_layout([files[clip_id] for clip_id in clip_ids if clip_id in files])
     attributes = {"extractor": name, "encoder": "npy", "checkpoint": "", "revision": "", "dtype": "float32",
                   "dimension": layout.dimension, "variance": layout.axes == 2}
     absent, names = [], []
     with tqdm(total=len(clip_ids), desc=f"import {name}", unit="clip", mininterval=1) as bar:
-        for number, rows in enumerate(_shards(clip_ids, files, layout)):
+        for number, rows in enumerate(_shards(clip_ids, files, layout, keep_frames and layout.axes == 2)):
             content = hashlib.blake2b(b"".join(row.digest for row in rows), digest_size=16).hexdigest()
             names.append(f"shard-{number:05d}.h5")
             write_shard(out / names[-1], "features", rows, {**attributes, "fingerprint": content})
@@ -115,6 +121,9 @@ def write_features(out: Path, name: str, clip_ids: Sequence[str], files: Mapping
     return absent
 
 
-def _shards(clip_ids: Sequence[str], files: Mapping[str, Path], layout: Layout) -> Iterator[list[Row]]:
+def _shards(
+    clip_ids: Sequence[str], files: Mapping[str, Path], layout: Layout, keep_frames: bool
+) -> Iterator[list[Row]]:
     for start in range(0, len(clip_ids), SHARD_SIZE):
-        yield [read_row(clip_id, files.get(clip_id), layout) for clip_id in clip_ids[start : start + SHARD_SIZE]]
+        chunk = clip_ids[start : start + SHARD_SIZE]
+        yield [read_row(clip_id, files.get(clip_id), layout, keep_frames) for clip_id in chunk]

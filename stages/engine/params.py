@@ -189,6 +189,7 @@ class Fusion(Section):
     standardize: Standardize | dict[str, Standardize]
     modality_dropout: Probability
     keep_one: bool
+    segments: Annotated[int, Field(ge=2)]
     hidden: Positive
     dropout: Probability
     epochs: Positive

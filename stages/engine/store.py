@@ -281,6 +281,24 @@ class Store:
             data = file["values"][cuts[0] : cuts[-1]].tobytes()
             return [data[a - cuts[0] : b - cuts[0]] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
+    @property
+    def keeps_frames(self) -> bool:
+        """Whether features over time are there, besides their mean; a store without any present clip has none."""
+        for shard in self._shards:
+            if shard.columns["present"].any():
+                with _opened(shard.path) as file:
+                    return "values" in file
+        return False
+
+    def frames(self) -> Iterator[np.ndarray | None]:
+        """Every clip's features over time (T, C), in order, None where absent; each shard is opened once."""
+        for shard in self._shards:
+            present = shard.columns["present"]
+            with _opened(shard.path) as file:
+                offsets = file["offsets"][:] if present.any() else np.zeros(len(present) + 1, np.int64)
+                for found, start, end in zip(present, offsets[:-1], offsets[1:], strict=True):
+                    yield file["values"][start:end] if found else None
+
     def read_items(self, clip_id: str, name: str) -> np.ndarray:
         """One float32 per image of the clip: `frame` (index in the clip) or `confidence` of the detection."""
         shard, i = self._index[clip_id]

@@ -3,7 +3,8 @@
 An architecture is one module of this folder, which `fusion.architecture` in params.yaml names, with a class
 
     Model(architecture: Architecture, generator: torch.Generator | None), a torch.nn.Module;
-    forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention.
+    forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention;
+    reads_frames = True where it takes features over time instead of pooled ones: see frames.py.
 
 Any modality may be absent from a clip, all of them too: the logits must be numbers, and the same as if modality dropout
 had dropped what is absent.
@@ -15,7 +16,7 @@ are drawn from torch's global generator before the threads begin.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.engine.errors import PipelineError
+from stages.engine.params import Fusion
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,31 @@ class Architecture:
     dropout: float
     modality_dropout: float
     keep_one: bool
+    segments: tuple[int, ...] = ()  # parts of time per modality, 1 where pooled; none given: all are
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            object.__setattr__(self, "segments", (1,) * len(self.modalities))
 
     def build(self, generator: torch.Generator | None = None) -> nn.Module:
         """A model with fresh weights on the current default device. PipelineError for a name that is no fusion's."""
-        module = f"stages.fusion.{self.name}"
-        known = str(self.name).isidentifier() and find_spec(module)  # a bundle's name may be anything
-        model = getattr(importlib.import_module(module), "Model", None) if known else None
-        if model is None:
-            raise PipelineError(f"params.yaml: fusion.architecture: found {self.name!r}, expected a module of "
-                                f"stages/fusion with a class Model")
-        return cast(nn.Module, model(self, generator))
+        return model_class(self.name)(self, generator)
+
+
+def model_class(name: str) -> Callable[[Architecture, torch.Generator | None], nn.Module]:
+    """The class Model of the fusion of that name. PipelineError for a name that is no fusion's."""
+    module = f"stages.fusion.{name}"
+    known = str(name).isidentifier() and find_spec(module)  # a bundle's name may be anything
+    model = getattr(importlib.import_module(module), "Model", None) if known else None
+    if model is None:
+        raise PipelineError(f"params.yaml: fusion.architecture: found {name!r}, expected a module of "
+                            f"stages/fusion with a class Model")
+    return cast(Callable[[Architecture, torch.Generator | None], nn.Module], model)
+
+
+def segments_read(p: Fusion) -> int | None:
+    """Into how many parts of time load_inputs is to cut a clip's features; None for a fusion of pooled ones."""
+    return p.segments if getattr(model_class(p.architecture), "reads_frames", False) else None
 
 
 class Dropout(nn.Module):

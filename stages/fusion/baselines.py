@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.evaluation import metrics
-from stages.fusion.features import Inputs, Standardised, Statistics
+from stages.fusion.features import Inputs, Standardised
 from stages.fusion.folds import inner_split
 from stages.fusion.logistic_regression import Coordinates, Solution, coordinates, fit
 
@@ -35,8 +35,10 @@ class Baselines:
     inner_waf: list[list[float]]  # (S, F) in percent, at that C
 
 
-def baselines(inputs: Inputs, statistics: Statistics, groups: np.ndarray, seeds: Sequence[int]) -> Baselines:
-    """statistics: as the fusion's models of each fold standardise by; groups: (N,) str, every clip's, "" where none."""
+def baselines(
+    inputs: Inputs, feeds: Sequence[Standardised], groups: np.ndarray, seeds: Sequence[int]
+) -> Baselines:
+    """feeds: what the fusion's models of each fold are fed; groups: (N,) str, every clip's, "" where none."""
     classes, folds = len(inputs.label_names), inputs.folds[inputs.labelled]
     shapes = [(len(seeds), len(rows), classes) for rows in (inputs.labelled, inputs.others)]
     own, others = (torch.zeros(shape) for shape in shapes)
@@ -44,7 +46,7 @@ def baselines(inputs: Inputs, statistics: Statistics, groups: np.ndarray, seeds:
     chosen, scores = [], []
     for fold in tqdm(range(inputs.fold_count), desc="baselines", unit="fold", leave=False):
         rows = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))
-        feed = Standardised(inputs, statistics, fold)
+        feed = feeds[fold]
         x, labels = coordinates(_together(feed, rows, inputs)), inputs.labels[rows]
         found = choose(x, labels, groups[rows].tolist(), seeds, classes)
         models = {c: fit(x, *_all(x, labels), classes, c, FINAL) for c in {c for c, _ in found}}

@@ -113,10 +113,10 @@ class Ensemble:
             tensors |= {f"standardize.{name}.group_mean": mean, f"standardize.{name}.group_scale": scale}
         write_tensors(folder / "ensemble.safetensors", tensors)
         shape = asdict(self.architecture)
-        modalities = zip(shape.pop("modalities"), shape.pop("dimensions"), strict=True)
+        modalities = zip(shape.pop("modalities"), shape.pop("dimensions"), shape.pop("segments"), strict=True)
         description = {
             "architecture": shape.pop("name"),
-            "modalities": [{"name": name, "dimension": dimension} for name, dimension in modalities],
+            "modalities": [dict(zip(("name", "dimension", "segments"), row, strict=True)) for row in modalities],
             **shape,
             "labels": list(self.label_names),
             "folds": self.folds,
@@ -139,7 +139,8 @@ def load_ensemble(folder: str | Path) -> Ensemble:
             tuple(modality["name"] for modality in description["modalities"]),
             tuple(modality["dimension"] for modality in description["modalities"]),
             len(description["labels"]),
-            *(description[name] for name in ("hidden", "dropout", "modality_dropout", "keep_one")),
+            **{name: description[name] for name in ("hidden", "dropout", "modality_dropout", "keep_one")},
+            segments=tuple(modality.get("segments", 1) for modality in description["modalities"]),
         )
         labels, seeds = tuple(description["labels"]), tuple(description["seeds"])
         folds, learned_from, epoch = description["folds"], description["learned_from"], description["epoch"]

@@ -22,6 +22,7 @@ from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, read_folds, read_manifest
 from stages.engine.params import Fusion
 from stages.engine.store import Store
+from stages.fusion.segments import stored_segments
 
 MODALITIES = Path("data/modalities.json")
 HALF_ABOVE = 2 << 30  # bytes of float32 features from which on they are kept as float16
@@ -48,6 +49,7 @@ class Modality:
     centre: Tensor  # (G, D) float32
     spread: Tensor  # (G, D) float32, never 0
     present: Tensor  # (N,) bool
+    segments: int = field(default=1, kw_only=True)  # parts of time that D consists of
     source: dict[str, Any] = field(default_factory=dict, kw_only=True)  # its entry in data/modalities.json
 
     @property
@@ -96,11 +98,14 @@ class Inputs:
         return replace(self, modalities=tuple(m for m in self.modalities if m.name in names))
 
 
-def load_inputs(modalities: Sequence[str], label_names: Sequence[str], device: str = "cpu") -> Inputs:
-    """Read the manifest, the folds and the named modalities' features of the run in the current folder.
+def load_inputs(
+    modalities: Sequence[str], label_names: Sequence[str], device: str = "cpu", segments: int | None = None
+) -> Inputs:
+    """Read the manifest, the folds and the named modalities' features of the run in the current folder: pooled ones, or
+    with `segments` (architectures.segments_read) those over time, in so many parts.
 
     Raises PipelineError for an unknown modality, features of a wrong dimension, of other clips or with NaN, for
-    no labelled clips, and for a class without any.
+    features over time that were not kept, for no labelled clips, and for a class without any.
     """
     clips = read_manifest()
     clip_ids = [clip.clip_id for clip in clips]
@@ -111,9 +116,12 @@ def load_inputs(modalities: Sequence[str], label_names: Sequence[str], device: s
         if name not in entries:
             raise PipelineError(f"{MODALITIES}: found no modality {name!r}, expected one of {sorted(entries)}")
     count = int(folds.max()) + 1
-    numbers = sum(_dimension(entries[name]) * (count if entries[name]["per_fold"] else 1) for name in modalities)
+    parts = {name: _segments(entries[name], segments) for name in modalities}
+    numbers = sum(_dimension(entries[name], part) * (count if entries[name]["per_fold"] else 1)
+                  for name, part in parts.items())
     dtype = torch.float16 if numbers * len(clips) * 4 > HALF_ABOVE else torch.float32
-    loaded = (_load_modality(entries[n], clip_ids, splits == "labelled", count, dtype, device) for n in modalities)
+    loaded = (_load_modality(entries[name], clip_ids, splits == "labelled", count, dtype, device, parts[name])
+              for name in modalities)
     groups, digests = number_groups([clip.group for clip in clips]), [clip.digest for clip in clips]
     return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(loaded), groups, digests)
 
@@ -168,7 +176,8 @@ def group_of_digest(inputs: Inputs) -> dict[str, int]:
 
 
 def _load_modality(
-    entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype, device: str
+    entry: dict[str, Any], clip_ids: list[str], labelled: np.ndarray, folds: int, dtype: torch.dtype, device: str,
+    segments: int | None,
 ) -> Modality:
     """`labelled`: (N,) bool. Where the entry is per fold the store's mean holds every fold's features in turn."""
     store = Store(entry["folder"])
@@ -177,20 +186,22 @@ def _load_modality(
     present = store.present
     if not present[labelled].any():
         raise PipelineError(f"{store.folder}: found no labelled clip with features, expected some to learn from")
-    matrix = torch.empty(groups, len(clip_ids), _dimension(entry), dtype=dtype)
+    matrix = torch.empty(groups, len(clip_ids), _dimension(entry, segments), dtype=dtype)
     centre, spread = torch.empty(groups, matrix.shape[-1]), torch.empty(groups, matrix.shape[-1])
-    for i, statistic in enumerate(entry["statistics"]):
-        columns = slice(i * entry["dimension"], (i + 1) * entry["dimension"])
-        values = getattr(store, statistic)  # (N, groups * C), fold after fold
-        if values.shape[1] != groups * entry["dimension"]:
+    width = entry["dimension"] * (segments or 1)
+    for i, statistic in enumerate(["segments"] if segments else entry["statistics"]):
+        columns = slice(i * width, (i + 1) * width)
+        # (N, groups * width), fold after fold
+        values = stored_segments(store, segments, groups) if segments else getattr(store, statistic)
+        if values.shape[1] != groups * width:
             raise PipelineError(f"{store.folder}: features have dimension {values.shape[1] / groups:g}, expected "
-                                f"{entry['dimension']} ({MODALITIES})")
+                                f"{width} ({MODALITIES})")
         for group, part in enumerate(torch.from_numpy(values).chunk(groups, dim=1)):
             mean, scale = _location_and_scale(part[torch.from_numpy(present & labelled)])
             centre[group, columns], spread[group, columns] = mean, scale
             _fill(matrix[group, :, columns], part, centre[group, columns], spread[group, columns], store)
     tensors = (tensor.to(device) for tensor in (matrix, centre, spread, torch.from_numpy(present)))
-    return Modality(entry["name"], *tensors, source=entry)
+    return Modality(entry["name"], *tensors, segments=segments or 1, source=entry)
 
 
 def _fill(matrix: Tensor, values: Tensor, centre: Tensor, spread: Tensor, store: Store) -> None:
@@ -206,8 +217,20 @@ def _fill(matrix: Tensor, values: Tensor, centre: Tensor, spread: Tensor, store:
         matrix[part] = block.masked_fill_(absent[part, None], 0)
 
 
-def _dimension(entry: dict[str, Any]) -> int:
-    return int(entry["dimension"]) * len(entry["statistics"])
+def _dimension(entry: dict[str, Any], segments: int | None) -> int:
+    return int(entry["dimension"]) * (segments or len(entry["statistics"]))
+
+
+def _segments(entry: dict[str, Any], segments: int | None) -> int | None:
+    """Into how many parts of time the modality is cut; None: it is pooled. PipelineError where that takes frames that
+    were not kept."""
+    if segments and not entry["frames"]:
+        if "var" in entry["statistics"]:
+            raise PipelineError(f"{entry['folder']}: holds no features over time, which fusion.architecture asks for; "
+                                f"set extractors.{entry['name']}.keep_frames: true and run dvc repro (imported "
+                                f"features: mer import-features --keep-frames, from files of shape (frames, C))")
+        return None  # without a variance over time it is one vector by nature
+    return segments
 
 
 def _check_store(store: Store, folds: int, clip_ids: list[str]) -> None:

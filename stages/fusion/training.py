@@ -85,7 +85,7 @@ def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
     """The model for these modalities and labels."""
     names, dimensions = tuple(m.name for m in inputs.modalities), tuple(m.dimension for m in inputs.modalities)
     return Architecture(recipe.architecture, names, dimensions, len(inputs.label_names), recipe.hidden, recipe.dropout,
-                        recipe.modality_dropout, recipe.keep_one)
+                        recipe.modality_dropout, recipe.keep_one, tuple(m.segments for m in inputs.modalities))
 
 
 def fit(

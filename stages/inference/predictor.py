@@ -20,6 +20,7 @@ from stages.engine.workers import Workers
 from stages.evaluation.calibration import tempered
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import GROUP_MINIMUM, Inputs, Modality, group_statistics
+from stages.fusion.segments import segment_means
 from stages.inference.clips import digest_of, name_of
 from stages.inference.media import Decoding, media_functions
 from stages.inference.texts import Texts, find_texts
@@ -54,7 +55,7 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
         decoding = Decoding(clips, functions, workers)  # begins here, while the models are loaded
         texts = find_texts(trained, clips, given, workers)
         ensemble, temperature = load_ensemble(trained.ensemble), trained.temperature()
-        encoders = open_encoders(trained, device)
+        encoders = open_encoders(trained, device, ensemble)
         found: list[Encoded] = []  # of ensembles with groups all clips, whose common mean is known at the end
         for part, media in decoding:
             features = {}
@@ -66,8 +67,7 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
                 )
             said = [reasons({name: rows[i].reason for name, rows in {**media, **features}.items()})
                     for i in range(len(part))]
-            pooled = {name: [replace(row, values=None) for row in rows] for name, rows in features.items()}
-            found.append(Encoded(part, pooled, said))
+            found.append(Encoded(part, features, said))
             if not ensemble.groups:
                 yield from fuse(ensemble, temperature, [found.pop()], texts, device)
         yield from fuse(ensemble, temperature, found, texts, device)
@@ -90,11 +90,12 @@ def no_prediction(trained: Trained, clip: Source, reason: str) -> Prediction:
     return Prediction(clip, None, 0, np.zeros(count), (False,) * count, "", None, reason)
 
 
-def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
+def open_encoders(trained: Trained, device: str, ensemble: Ensemble) -> dict[str, Encode]:
     """The encoder of every modality, on the device. Raises PipelineError naming the modality whose encoder fails."""
     encoders = {}
-    for name in trained.modalities:
-        encoders[name] = encode_work(name, trained.params.extractors[name], identity, trained.params.runtime)
+    for name, segments in zip(trained.modalities, ensemble.architecture.segments, strict=True):
+        encoders[name] = encode_work(name, trained.params.extractors[name], identity, trained.params.runtime,
+                                     keep_frames=segments > 1)
         try:
             encoders[name].open(device)
         except PipelineError as error:
@@ -148,9 +149,10 @@ def reasons(by_source: Mapping[str, str]) -> str:
 def fusion_inputs(
     ensemble: Ensemble, clip_ids: list[str], features: Mapping[str, Sequence[Row]], device: str
 ) -> Inputs:
-    """The clips' pooled features as the fusion takes them. Raises PipelineError for features of another dimension."""
+    """The clips' features as the fusion takes them. Raises PipelineError for features of another dimension."""
     count = len(clip_ids)
-    modalities = tuple(_modality(ensemble, name, features[name], device) for name in ensemble.architecture.modalities)
+    parts = zip(ensemble.architecture.modalities, ensemble.architecture.segments, strict=True)
+    modalities = tuple(_modality(ensemble, name, features[name], segments, device) for name, segments in parts)
     nowhere = np.full(count, -1)
     return Inputs(clip_ids, np.full(count, "test"), nowhere, nowhere, ensemble.label_names, modalities)
 
@@ -180,12 +182,12 @@ def grouped(ensemble: Ensemble, inputs: Inputs, clips: Sequence[Source]) -> tupl
     return replace(ensemble, groups=statistics), replace(inputs, groups=numbers)
 
 
-def _modality(ensemble: Ensemble, name: str, rows: Sequence[Row], device: str) -> Modality:
+def _modality(ensemble: Ensemble, name: str, rows: Sequence[Row], segments: int, device: str) -> Modality:
     """Centred and scaled by the folds' own statistics, which keeps float32's digits for what tells clips apart."""
     mean, scale = ensemble.statistics[name]  # (F, D)
     present = torch.tensor([row.present for row in rows])
-    found = [_vector(row) for row in rows if row.present]
     folds, dimension = mean.shape
+    found = [_vector(row, segments, dimension) for row in rows if row.present]
     if found and len(found[0]) not in (dimension, folds * dimension):  # the latter: an encoder that is trained per fold
         raise PipelineError(f"modality {name}: the encoder gives {len(found[0])} features, but the models were trained "
                             f"on {dimension}; params.yaml or the checkpoint changed since: run dvc repro")
@@ -199,6 +201,9 @@ def _modality(ensemble: Ensemble, name: str, rows: Sequence[Row], device: str) -
     return Modality(name, *on_device)
 
 
-def _vector(row: Row) -> np.ndarray:
-    """Mean, and variance where the modality has one, as the fusion's columns stand."""
+def _vector(row: Row, segments: int, dimension: int) -> np.ndarray:
+    """Mean, and variance where the modality has one, as the fusion's columns stand; or of segments their means."""
+    if segments > 1:
+        groups, rest = divmod(row.values.shape[1] * segments, dimension)
+        return segment_means(row.values, segments, 1 if rest else groups)
     return np.concatenate([statistic for statistic in (row.mean, row.var) if statistic is not None])
