@@ -125,12 +125,13 @@ def test_a_model_among_others_equals_itself_alone(name: str, monkeypatch: pytest
     monkeypatch.setattr(ensemble_module, "cores", lambda: 3)
     p = recipe(architecture=name, epochs=2)
     inputs = in_segments(make_inputs()[0])
-    labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)
-    together = fit(inputs, p, labels, statistics, [(0, 0), (0, 1), (1, 2)], "test")
-    alone = Training(inputs, p, labels[0, 1], Standardised(inputs, statistics, 1), p.seeds[0], 1)
+    labels, statistics = tiled(inputs, p), fold_statistics(inputs, p)
+    feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
+    together = fit(inputs, p, labels, feeds, [(0, 0), (0, 1), (1, 2)], "test")
+    alone = Training(inputs, p, labels[0, 1], feeds[1], p.seeds[0], 1)
     for _ in range(p.epochs):
         alone.run_epoch()
-    assert all(torch.equal(together[1].best[key], values) for key, values in alone.best.items())
+    assert all(torch.equal(together[1].kept.weights[key], values) for key, values in alone.kept.weights.items())
 
 
 def test_saved_and_loaded_predicts_the_same_with_any_modality_removed(name: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from fusion_data import ROOT, make_inputs, recipe, rounds, write_params, write_run
 
-from stages import evaluate, gather_features, self_train, train_fusion
+from stages import baselines, evaluate, gather_features, self_train, train_fusion
 from stages.engine.files import write_rows
 from stages.fusion.features import Modality
 
@@ -53,7 +53,7 @@ def widened(modality: Modality, times: int) -> Modality:
 
 
 def run_all() -> dict:
-    for stage in (gather_features, train_fusion, self_train, evaluate):
+    for stage in (gather_features, baselines, train_fusion, self_train, evaluate):
         stage.main()
     return json.loads(Path("reports/metrics.json").read_text())
 

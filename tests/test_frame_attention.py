@@ -106,7 +106,7 @@ def test_segments_are_loaded_beside_vectors(run: tuple[Inputs, np.ndarray, dict[
                 np.testing.assert_allclose(raw[i], segment_means(row.values, SEGMENTS), rtol=1e-4, atol=1e-5)
             else:
                 assert not modality.matrix[0, i].any()
-    feed = Standardised(loaded, fold_statistics(loaded, True), 0)
+    feed = Standardised(loaded, fold_statistics(loaded, recipe()), 0)
     seen = feed(torch.from_numpy(np.flatnonzero(loaded.folds > 0)))[0][0]
     assert seen.mean(dim=0).abs().max() < 1e-5
     pooled = load(None)
