@@ -194,7 +194,7 @@ def encoded(inputs: Inputs, rows: np.ndarray, files: list[Path]) -> Encoded:
 
 
 def predicted(ensemble, parts):
-    return np.stack([p.probabilities for p in fuse(ensemble, parts, Texts({}, {}), "cpu")])
+    return np.stack([p.probabilities for p in fuse(ensemble, 1.0, parts, Texts({}, {}), "cpu")])
 
 
 def test_clips_of_the_corpus_get_what_training_predicted(trained, capsys):
