@@ -176,11 +176,11 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-def local(folder: Path, **options: Any) -> Any:
+def local(folder: Path) -> Any:
     from stages.rankings.transformers_provider import Transformers
 
-    defaults: dict[str, Any] = {"revision": None, "dtype": "float32", "device": "cpu"}
-    return Transformers(str(folder), LABELS, "v1", **(defaults | options))
+    rankings = load(ROOT / "params.yaml").rankings.model_copy(update={"model": str(folder)})
+    return Transformers(rankings, LABELS, "cpu")
 
 
 def test_a_label_scores_by_the_likelihood_of_its_tokens(language_model: Path) -> None:

@@ -15,8 +15,8 @@ from stages import rank_emotions
 from stages.engine.errors import PipelineError, Skip
 from stages.engine.files import file_digest, write_rows
 from stages.engine.manifest import Clip, write_manifest
-from stages.engine.params import read_yaml
-from stages.rankings.clips import Sampling, item_of
+from stages.engine.params import load, read_yaml
+from stages.rankings.clips import item_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,8 +36,8 @@ def omni(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def local(folder: Path, clips: dict[str, Path]) -> Any:
     from stages.rankings.omni_provider import Omni
 
-    options: dict[str, Any] = {"revision": None, "dtype": "float32", "device": "cpu"}
-    return Omni(str(folder), LABELS, "v1", sampling=Sampling(3, 32, 10.0), paths=clips, **options)
+    changes = {"model": str(folder), "frames": 3, "frame_side": 32}
+    return Omni(load(ROOT / "params.yaml").rankings.model_copy(update=changes), LABELS, "cpu", clips)
 
 
 @pytest.mark.parametrize("lacking", ["nothing", "picture", "sound"])

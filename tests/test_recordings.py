@@ -23,8 +23,8 @@ from stages.inference.predictor import Prediction
 from stages.inference.recordings import even, voices
 from stages.inference.timeline import clock, recordings, render_timeline
 from stages.rank_emotions import read_work
-from stages.rankings.clips import Sampling, wav
 from stages.rankings.clips import load as load_clip
+from stages.rankings.clips import wav
 
 SENTENCES = ["我今天很高兴，因为你来了。", "你为什么不告诉我？"]
 HISS = (np.arange(40_000) % 2).astype(np.int16)  # as good as silent, but not the zeros of digital silence
@@ -139,7 +139,7 @@ def test_a_ranking_voice_that_hears_clips_gets_the_segment_not_the_file(
     write_rows("data/transcripts.csv", ["clip_id", "transcript"], [("a", "我")])
     (row,) = read_work([p])
     assert row.path == Segment(f"{tmp_path}/a.wav", 1.0, 2.5)
-    _, sound = load_clip(row.path, Sampling(2, 64, 20))
+    _, sound = load_clip(row.path, 2, 64)
     assert sound is not None and len(sound) == 24_000
 
 

@@ -107,7 +107,8 @@ def load_hubert(folder: Path) -> object:
 
 
 def load_ranker(folder: Path) -> object:
-    return Transformers(str(folder), LABELS, "v1", revision=None, dtype="float32", device="cpu")
+    rankings = load(ROOT / "params.yaml").rankings.model_copy(update={"model": str(folder)})
+    return Transformers(rankings, LABELS, "cpu")
 
 
 def load_recognizer(folder: Path) -> object:

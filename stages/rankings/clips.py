@@ -10,13 +10,13 @@ import json
 import math
 import wave
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from stages.engine.errors import Skip
 from stages.engine.manifest import Source
+from stages.engine.params import Rankings
 from stages.rankings import prompt
 from stages.rankings.chat import OVERHEAD_TOKENS, Chat, Messages, Refused, allowance_of
 
@@ -27,16 +27,9 @@ QUALITY = 85  # JPEG
 PATCH, TOKENS_PER_SECOND = 14, 50
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a clip is sent; what changes the answer."""
-
-    frames: int
-    frame_side: int  # pixels
-    max_clip_mb: float
-
-    def __str__(self) -> str:
-        return f"{self.frames} frames of {self.frame_side} pixels, sound at {SAMPLE_RATE} Hz"
+def form(rankings: Rankings) -> str:
+    """How a clip is sent, as far as it changes the answer."""
+    return f"{rankings.frames} frames of {rankings.frame_side} pixels, sound at {SAMPLE_RATE} Hz"
 
 
 def item_of(digest: str, transcript: str) -> str:
@@ -48,15 +41,18 @@ def transcript_of(item: str) -> str:
     return json.loads(item)["transcript"]
 
 
-def load(path: Source, sampling: Sampling) -> tuple[list[bytes], np.ndarray | None]:
-    """JPEG frames and int16 samples at SAMPLE_RATE, either of which a clip may lack. Raises Skip where it has none."""
+def load(path: Source, frames: int, side: int) -> tuple[list[bytes], np.ndarray | None]:
+    """JPEG frames, their short side `side` pixels at most, and int16 samples at SAMPLE_RATE.
+
+    A clip may lack either; raises Skip where it has none.
+    """
     from stages.media.audio import load_audio
     from stages.media.frames import sample_frames
 
     images: list[bytes] = []
     sound, reasons = None, []
     try:
-        images = sample_frames(path, sampling.frames, sampling.frame_side, QUALITY)[0]
+        images = sample_frames(path, frames, side, QUALITY)[0]
     except Skip as skip:
         reasons.append(str(skip))
     try:
@@ -89,16 +85,16 @@ def wav(samples: np.ndarray) -> bytes:
 class ClipChat(Chat):
     """A chat about clips. `paths`: where the clip of each item lies."""
 
-    def __init__(self, *arguments: Any, paths: Mapping[str, Source], sampling: Sampling, **options: Any):
+    def __init__(self, *arguments: Any, paths: Mapping[str, Source], rankings: Rankings, **options: Any):
         super().__init__(*arguments, **options)
-        self._paths, self._sampling = paths, sampling
+        self._paths, self._rankings = paths, rankings
 
     def question(self, item: str) -> Messages:
         """Raises Refused for a clip that can't be decoded or is too large to be sent."""
         if item not in self._paths:
             raise Refused("the clip is not one of this corpus")
         try:
-            images, sound = load(self._paths[item], self._sampling)
+            images, sound = load(self._paths[item], self._rankings.frames, self._rankings.frame_side)
         except Skip as skip:
             raise Refused(f"the clip can't be used ({skip})") from None
         system, user = prompt.messages(transcript_of(item), self.labels, self.prompt_version, "clip")
@@ -110,7 +106,7 @@ class ClipChat(Chat):
             data = base64.b64encode(wav(sound)).decode()
             content.append({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
         size = sum(len(json.dumps(part)) for part in content) / 1e6
-        if size > self._sampling.max_clip_mb:
+        if size > self._rankings.max_clip_mb:
             raise Refused(f"the clip's images and sound are {size:.1f} MB, more than rankings.max_clip_mb allows")
         return [system, user | {"content": content}]
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, read_json, resolve
+from stages.encoders.checkpoints import DTYPES, load_model, load_part, read_json, resolve
 from stages.engine.errors import PipelineError, Skip, one_line
 from stages.engine.manifest import Source
+from stages.engine.params import Rankings
 from stages.rankings import clips, prompt
 from stages.rankings.cache import Answer
-from stages.rankings.transformers_provider import OPENING, encode_labels, mean_log_probability
+from stages.rankings.transformers_provider import OPENING, by_score, encode_labels, mean_log_probability
 
 THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -27,32 +28,22 @@ THINKERS = {
 class Omni:
     """The provider `transformers` with `input: clip`. Raises PipelineError as the loaders do."""
 
-    def __init__(
-        self,
-        checkpoint: str,
-        labels: Sequence[str],
-        prompt_version: str,
-        *,
-        revision: str | None,
-        dtype: Dtype,
-        device: str,
-        sampling: clips.Sampling,
-        paths: Mapping[str, Source],
-    ):
+    def __init__(self, rankings: Rankings, labels: Sequence[str], device: str, paths: Mapping[str, Source]):
         import transformers
 
-        folder = resolve(checkpoint, revision)
+        checkpoint = rankings.model
+        folder = resolve(checkpoint, rankings.revision)
         kind = str(read_json(folder / "config.json", checkpoint).get("model_type")).removesuffix("_thinker")
         if kind not in THINKERS:
             raise PipelineError(
                 f"rankings.model: checkpoint {checkpoint} is a {kind}, expected one of {', '.join(THINKERS)} for "
                 f"input: clip; other models through a server (rankings.provider: openai)"
             )
-        self.labels, self.prompt_version = list(labels), prompt_version
-        self._checkpoint, self._device, self._sampling, self._paths = checkpoint, device, sampling, paths
+        self.labels, self._rankings = labels, rankings
+        self._checkpoint, self._device, self._paths = checkpoint, device, paths
         self._processor = load_part("AutoProcessor", folder, checkpoint)
         thinker = getattr(transformers, THINKERS[kind])
-        self._model = load_model(thinker, folder, checkpoint, DTYPES[dtype]).to(device)
+        self._model = load_model(thinker, folder, checkpoint, DTYPES[rankings.dtype]).to(device)
 
     def rank(self, items: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
         """Hand every item's answer to `record`; a clip that can't be used has the reason in place of a ranking."""
@@ -65,17 +56,16 @@ class Omni:
                 record([Answer(item, None, reason=f"the clip can't be used ({skip})")])
                 continue
             scores = self.scores(inputs, labels).tolist()
-            order = sorted(range(len(self.labels)), key=lambda i: (-scores[i], i))
-            ranking = [self.labels[i] for i in order]
-            record([Answer(item, ranking, input_tokens=inputs["input_ids"].shape[1])])
+            record([Answer(item, by_score(self.labels, scores), inputs["input_ids"].shape[1])])
 
     def encode(self, item: str) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
         """The model's inputs up to where the labels differ, and each label's tokens after it. Raises Skip."""
         from PIL import Image
 
-        images, sound = clips.load(self._paths[item], self._sampling)
+        r = self._rankings
+        images, sound = clips.load(self._paths[item], r.frames, r.frame_side)
         frames = [Image.fromarray(clips.pixels(image)) for image in images]
-        system, user = prompt.messages(clips.transcript_of(item), self.labels, self.prompt_version, "clip")
+        system, user = prompt.messages(clips.transcript_of(item), self.labels, r.prompt_version, "clip")
         media = [{"type": "image"}] * len(frames) + ([] if sound is None else [{"type": "audio"}])
         content: list[dict[str, Any]] = [{"type": "text", "text": user["content"]}, *media]
         conversation = [

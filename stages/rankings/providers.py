@@ -18,7 +18,7 @@ from stages.engine.fingerprint import checkpoint_digest
 from stages.engine.manifest import Segment, Source
 from stages.engine.params import Params, Rankings
 from stages.rankings.cache import MOST_REPLIES, VENDOR, Answer, Cache, Question, giving_up
-from stages.rankings.clips import ClipChat, Sampling
+from stages.rankings.clips import ClipChat, form
 from stages.rankings.earlier import earlier_answers
 from stages.rankings.voices import FIRST
 
@@ -95,12 +95,8 @@ def question(p: Params) -> Question:
     r = p.rankings
     server = (r.base_url or VENDOR) if r.provider == "openai" else ""
     effort = (r.reasoning_effort or "") if server else ""
-    clip = str(sampling(r)) if r.input == "clip" else ""
+    clip = form(r) if r.input == "clip" else ""
     return Question(r.provider, model_identity(r), r.prompt_version, tuple(p.corpus.labels), server, effort, clip)
-
-
-def sampling(rankings: Rankings) -> Sampling:
-    return Sampling(rankings.frames, rankings.frame_side, rankings.max_clip_mb)
 
 
 def under_way(p: Params, cache: Cache) -> bool:
@@ -154,7 +150,7 @@ def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Source
     asked = (r.model, p.corpus.labels, r.prompt_version, r.base_url, key)
     options: dict[str, Any] = {"max_output_tokens": r.max_output_tokens, "reasoning_effort": r.reasoning_effort}
     if r.input == "clip":
-        chat: Chat = ClipChat(*asked, paths=clips, sampling=sampling(r), **options)
+        chat: Chat = ClipChat(*asked, paths=clips, rankings=r, **options)
     else:
         chat = Chat(*asked, **options)
     look_up(chat)
@@ -164,13 +160,11 @@ def openai(p: Params, cache: Cache, spent_usd: float, clips: Mapping[str, Source
 
 def transformers(p: Params, items: Sequence[str], cache: Cache, clips: Mapping[str, Source]) -> None:
     """Ask the local model, on this machine's device."""
-    r = p.rankings
-    options: dict[str, Any] = {"revision": r.revision, "dtype": r.dtype, "device": pick_device(p.runtime.device)}
-    if r.input == "clip":
+    asked = (p.rankings, p.corpus.labels, pick_device(p.runtime.device))
+    if p.rankings.input == "clip":
         from stages.rankings.omni_provider import Omni
 
-        omni = Omni(r.model, p.corpus.labels, r.prompt_version, sampling=sampling(r), paths=clips, **options)
-        return omni.rank(items, cache.append)
+        return Omni(*asked, clips).rank(items, cache.append)
     from stages.rankings.transformers_provider import Transformers
 
-    Transformers(r.model, p.corpus.labels, r.prompt_version, **options).rank(items, cache.append)
+    Transformers(*asked).rank(items, cache.append)

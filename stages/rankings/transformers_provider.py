@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from stages.encoders.checkpoints import DTYPES, Dtype, load_model, load_part, resolve
+from stages.encoders.checkpoints import DTYPES, load_model, load_part, resolve
 from stages.engine.errors import PipelineError, one_line
+from stages.engine.params import Rankings
 from stages.rankings import prompt
 from stages.rankings.cache import Answer
 
@@ -27,23 +28,15 @@ Encoded = tuple[list[int], list[list[int]]]  # the prompt's token ids, and each 
 
 
 class Transformers:
-    """The provider `transformers`. `checkpoint` is a folder or hub name. Raises PipelineError as the loaders do."""
+    """The provider `transformers`. `rankings.model` is a folder or hub name. Raises PipelineError as the loaders do."""
 
-    def __init__(
-        self,
-        checkpoint: str,
-        labels: Sequence[str],
-        prompt_version: str,
-        *,
-        revision: str | None,
-        dtype: Dtype,
-        device: str,
-    ):
-        folder = resolve(checkpoint, revision)
-        self.labels, self.prompt_version = list(labels), prompt_version
+    def __init__(self, rankings: Rankings, labels: Sequence[str], device: str):
+        checkpoint = rankings.model
+        folder = resolve(checkpoint, rankings.revision)
+        self.labels, self.prompt_version = labels, rankings.prompt_version
         self._checkpoint, self._device = checkpoint, device
         self._tokenizer = load_part("AutoTokenizer", folder, checkpoint)
-        self._model = load_model("AutoModelForCausalLM", folder, checkpoint, DTYPES[dtype]).to(device)
+        self._model = load_model("AutoModelForCausalLM", folder, checkpoint, DTYPES[rankings.dtype]).to(device)
 
     def rank(self, transcripts: Sequence[str], record: Callable[[Sequence[Answer]], None]) -> None:
         """Hand every transcript's answer to `record`, a batch at a time."""
@@ -53,12 +46,9 @@ class Transformers:
         with tqdm(total=len(transcripts), desc="rank_emotions", unit="transcript", mininterval=1) as bar:
             for batch in _batches(prompts):
                 rows = self.scores([prompts[transcript] for transcript in batch]).tolist()
-                record([self._answer(t, prompts[t][0], row) for t, row in zip(batch, rows, strict=True)])
+                rankings = [by_score(self.labels, row) for row in rows]
+                record([Answer(t, found, len(prompts[t][0])) for t, found in zip(batch, rankings, strict=True)])
                 bar.update(len(batch))
-
-    def _answer(self, transcript: str, ids: list[int], scores: list[float]) -> Answer:
-        order = sorted(range(len(self.labels)), key=lambda i: (-scores[i], i))
-        return Answer(transcript, [self.labels[i] for i in order], input_tokens=len(ids))
 
     def encode(self, transcript: str) -> Encoded:
         """The prompt up to where the labels differ, and each label's continuation.
@@ -110,6 +100,11 @@ def encode_labels(tokenizer: Any, text: str, labels: Sequence[str], special: boo
     ids = [tokenizer(f'{text}{OPENING}{label}"', add_special_tokens=special)["input_ids"] for label in labels]
     common = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
     return ids[0][:common], [tokens[common:] for tokens in ids]
+
+
+def by_score(labels: Sequence[str], scores: Sequence[float]) -> list[str]:
+    """The labels, the highest score first; equal ones in their order."""
+    return [labels[i] for i in sorted(range(len(labels)), key=lambda i: -scores[i])]
 
 
 def mean_log_probability(
