@@ -3,7 +3,9 @@
 An architecture is one module of this folder, which `fusion.architecture` in params.yaml names, with a class
 
     Model(architecture: Architecture, generator: torch.Generator | None), a torch.nn.Module;
-    forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention.
+    forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention;
+    where modalities meet only as encodings, optionally: encoders, one module per modality, and fuse(encodings, present)
+    -> the same as forward. What takes modalities away then computes each encoding only once.
 
 The class draws all its randomness in training from `generator`, with Dropout below instead of torch.nn.Dropout: models
 are trained side by side in threads, among which torch's one global generator would be shared out by chance. Layers are

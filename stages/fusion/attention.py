@@ -35,7 +35,10 @@ class Model(nn.Module):
         if self.training and self.architecture.modality_dropout > 0:
             keep = keep_modalities(present, self.architecture, self.generator)
             features = [x * keep[:, i, None] for i, x in enumerate(features)]
-        encodings = [encoder(x) for encoder, x in zip(self.encoders, features, strict=True)]
+        return self.fuse([encoder(x) for encoder, x in zip(self.encoders, features, strict=True)], present)
+
+    def fuse(self, encodings: list[Tensor], present: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What forward gives, from every modality's encoding (B, hidden)."""
         scores = self.scores(self.attention(torch.cat(encodings, dim=1)))
         fused = (scores[:, :, None] * torch.stack(encodings, dim=1)).sum(dim=1)
         return self.classifier(fused), scores
