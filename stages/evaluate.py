@@ -67,15 +67,16 @@ def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:
                          segments_read(p.fusion))
     set_threads(True)  # chunks of clips are computed side by side, each by one thread
     ensemble = load_ensemble("models/self_training")
-    known = inputs.others[run.known("test")]
+    known, count = run.known("test"), len(inputs.labelled)
+    removals = list(figures.removals(run.modalities))
+    rows = np.concatenate([inputs.labelled, inputs.others[known]])  # nothing uses the others' predictions
+    found = dict(zip(removals, ensemble.predict_without(inputs, rows, removals).numpy(), strict=True))
 
     def predict(removed: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:
-        by_fold = ensemble.predict(inputs, inputs.labelled, removed).numpy()  # (S, F, labelled, L)
-        own = by_fold[:, run.folds, np.arange(len(run.folds))]
-        others = np.zeros((len(own), len(inputs.others), own.shape[-1]), own.dtype)
-        if known.size:  # only the clips that are scored: nothing uses the others' predictions
-            others[:, run.known("test")] = ensemble.predict(inputs, known, removed).mean(dim=1).numpy()
-        return own, others
+        by_clip = found[removed]  # (S, rows, L)
+        others = np.zeros((len(by_clip), len(inputs.others), by_clip.shape[-1]), by_clip.dtype)
+        others[:, known] = by_clip[:, count:]
+        return by_clip[:, :count], others
 
     return figures.robustness_table(run, predict)
 

@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 
 from stages import fusion
+from stages.fusion import attention as attention_architecture
 from stages.fusion import ensemble as ensemble_module
 from stages.fusion import training
 from stages.fusion.architectures import Architecture, Dropout, keep_modalities
@@ -241,12 +242,14 @@ def test_evaluation_never_drops():
 def test_prediction_is_the_same_on_any_number_of_cores(monkeypatch):
     p = recipe(epochs=1)
     inputs, _ = make_inputs()
-    monkeypatch.setattr(ensemble_module, "PREDICT_ROWS", 7)
+    monkeypatch.setattr(ensemble_module, "PREDICT_ROWS", {"cpu": 7})
     ensemble, found = train(inputs, p, tiled(inputs, p), "test").ensemble, []
     for count in (1, 3):
         monkeypatch.setattr(ensemble_module, "cores", lambda count=count: count)
-        found.append(ensemble.predict_with_attention(inputs, inputs.others))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        rows = np.arange(len(inputs.splits))
+        found.append([*ensemble.predict_with_attention(inputs, inputs.others),
+                      ensemble.predict_without(inputs, rows, [frozenset(), frozenset({"sound"})])])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert not found[0][1].isnan().any()
 
 
@@ -328,22 +331,41 @@ def test_constant_dimensions_do_no_harm():
         torch.testing.assert_close(mean[:, 0], modality.centre[:, 0].expand(3))
 
 
-def test_removed_modality_is_an_absent_one():
+class Whole(attention_architecture.Model):
+    """The same model to what looks for encodings, which it does not show."""
+
+    fuse = property()  # hasattr finds nothing
+
+    def forward(self, features, present):
+        return super().fuse([encoder(x) for encoder, x in zip(self.encoders, features, strict=True)], present)
+
+
+@pytest.mark.parametrize("model", [attention_architecture.Model, Whole])
+def test_removed_modality_is_an_absent_one(monkeypatch, model):
     p = recipe()
     inputs, _ = make_inputs()
     ensemble = train(inputs, p, tiled(inputs, p), "test").ensemble
-    without = ensemble.predict(inputs, inputs.others, frozenset({"face"}))
-    blind = [
-        dataclasses.replace(m, present=torch.zeros_like(m.present), matrix=torch.zeros_like(m.matrix))
-        if m.name == "face"
-        else m
-        for m in inputs.modalities
-    ]
-    absent = ensemble.predict(dataclasses.replace(inputs, modalities=tuple(blind)), inputs.others)
-    assert (without - absent).abs().max() < 1e-6
-    assert (without - ensemble.predict(inputs, inputs.others)).abs().max() > 0.01
-    nothing = ensemble.predict(inputs, inputs.others, frozenset({"sound", "face", "prompt"}))
-    assert (nothing - nothing[:, :, :1]).abs().max() < 1e-6  # knows nothing: the same answer for every clip
+    monkeypatch.setattr(attention_architecture, "Model", model)
+    monkeypatch.setattr(ensemble_module, "PREDICT_ROWS", {"cpu": 7})
+    rows = np.random.default_rng(0).permutation(len(inputs.splits))
+    removals = [frozenset(), frozenset({"face"}), frozenset({"sound", "prompt"}), frozenset(p.modalities)]
+    found = ensemble.predict_without(inputs, rows, removals)
+    assert found.shape == (4, 2, len(rows), len(LABELS))
+    for removed, probabilities in zip(removals, found, strict=True):
+        blind = [
+            dataclasses.replace(m, present=torch.zeros_like(m.present), matrix=torch.zeros_like(m.matrix))
+            if m.name in removed
+            else m
+            for m in inputs.modalities
+        ]
+        absent = ensemble.predict(dataclasses.replace(inputs, modalities=tuple(blind)), rows)
+        own = absent[:, inputs.folds[rows], np.arange(len(rows))]
+        expected = torch.where(torch.from_numpy(inputs.folds[rows] >= 0)[:, None], own, absent.mean(dim=1))
+        assert (probabilities - expected).abs().max() < 1e-6
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    labelled = inputs.folds[rows] == 0
+    nothing = found[3][:, labelled]  # knows nothing: the same answer of a fold's model for every clip
+    assert (nothing - nothing[:, :1]).abs().max() < 1e-6
 
 
 def test_prediction_streams_in_chunks(monkeypatch):
@@ -351,7 +373,7 @@ def test_prediction_streams_in_chunks(monkeypatch):
     inputs, _ = make_inputs()
     ensemble = train(inputs, p, tiled(inputs, p), "test").ensemble
     whole = ensemble.predict(inputs, inputs.others)
-    monkeypatch.setattr(ensemble_module, "PREDICT_ROWS", 7)
+    monkeypatch.setattr(ensemble_module, "PREDICT_ROWS", {"cpu": 7})
     assert (ensemble.predict(inputs, inputs.others) - whole).abs().max() < 1e-6
     assert ensemble.predict(inputs, inputs.others[:0]).shape == (2, 3, 0, len(LABELS))
 

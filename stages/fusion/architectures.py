@@ -4,7 +4,9 @@ An architecture is one module of this folder, which `fusion.architecture` in par
 
     Model(architecture: Architecture, generator: torch.Generator | None), a torch.nn.Module;
     forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention;
-    reads_frames = True where it takes features over time instead of pooled ones: see frames.py.
+    reads_frames = True where it takes features over time instead of pooled ones: see frames.py;
+    where modalities meet only as encodings, optionally: encoders, one module per modality, and fuse(encodings, present)
+    -> the same as forward. What takes modalities away then computes each encoding only once.
 
 Any modality may be absent from a clip, all of them too: the logits must be numbers, and the same as if modality dropout
 had dropped what is absent.

@@ -32,7 +32,10 @@ class Model(nn.Module):
         first [paper eq. 2], then single numbers (dropout).
         """
         features, _ = self.modality_dropout(features, present)
-        encodings = [encoder(x) for encoder, x in zip(self.encoders, features, strict=True)]
+        return self.fuse([encoder(x) for encoder, x in zip(self.encoders, features, strict=True)], present)
+
+    def fuse(self, encodings: list[Tensor], present: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What forward gives, from every modality's encoding (B, hidden)."""
         scores = self.scores(self.attention(torch.cat(encodings, dim=1)))
         fused = (scores[:, :, None] * torch.stack(encodings, dim=1)).sum(dim=1)
         return self.classifier(fused), scores

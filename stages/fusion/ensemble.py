@@ -1,6 +1,7 @@
 """A trained ensemble, seeds x folds models: prediction, and the files of models/fusion and models/self_training."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
 from stages.fusion.features import Inputs, Standardised, Statistics, write_clips
 
-PREDICT_ROWS = 1024  # clips per chunk: bounds the memory of a prediction, whatever the number of clips
+# Clips per chunk: bounds the memory of a prediction, whatever the number of clips. On a CPU few, which its cache holds.
+PREDICT_ROWS = {"cpu": 256, "cuda": 4096}
 
 
 def lane_count(device: torch.device, tasks: int) -> int:
@@ -62,42 +64,73 @@ class Ensemble:
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def predict(self, inputs: Inputs, rows: np.ndarray, removed: frozenset[str] = frozenset()) -> Tensor:
+    def predict(self, inputs: Inputs, rows: np.ndarray) -> Tensor:
         """Softmax of every model for the clips `rows` (row numbers of inputs): (S, F, len(rows), L) float32, CPU."""
-        return self.predict_with_attention(inputs, rows, removed)[0]
+        return self.predict_with_attention(inputs, rows)[0]
 
-    def predict_with_attention(
-        self, inputs: Inputs, rows: np.ndarray, removed: frozenset[str] = frozenset()
-    ) -> tuple[Tensor, Tensor]:
+    def predict_with_attention(self, inputs: Inputs, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """What predict gives, and every model's attention scores: (S, F, len(rows), modalities) float32, CPU, NaN
-        where the architecture has none.
-
-        A modality in `removed` counts as absent from every clip: its input is zeros after standardisation, as for
-        a clip that lacks it and as modality dropout makes it. Streams over the clips in chunks, on a CPU side by side.
+        where the architecture has none. Streams over the clips in chunks, on a CPU side by side.
         """
-        modalities, device = self.architecture.modalities, inputs.device
-        models = [[self.model(s, fold, device) for s in range(len(self.seeds))] for fold in range(self.folds)]
-        chosen = inputs.select(modalities)
-        feeds = [Standardised(chosen, self.statistics, fold, self.groups) for fold in range(self.folds)]
         output = torch.empty(len(self.seeds), self.folds, len(rows), self.architecture.labels)
-        attention = torch.full((*output.shape[:3], len(modalities)), torch.nan)
+        attention = torch.full((*output.shape[:3], len(self.architecture.modalities)), torch.nan)
+
+        def keep(part: np.ndarray, s: int, fold: int, model: nn.Module, clips: tuple[list[Tensor], Tensor]) -> None:
+            logits, scores = model(*clips)
+            output[s, fold, part] = logits.softmax(dim=-1).cpu()
+            if scores is not None:
+                attention[s, fold, part] = scores.cpu()
+
+        self._stream(inputs, rows, [(np.arange(len(rows)), range(self.folds))], keep)
+        return output, attention
+
+    def predict_without(self, inputs: Inputs, rows: np.ndarray, removals: Sequence[frozenset[str]]) -> Tensor:
+        """Softmax (removals, S, len(rows), L) float32, CPU, with each set of modalities absent from every clip: of the
+        clip's own fold's model where it is labelled, else the equal-weight mean over folds.
+
+        An absent modality's input is zeros after standardisation, as for a clip that lacks it and as modality dropout
+        makes it. Where modalities meet only as encodings (architectures.py), each clip's are computed once.
+        """
+        names = self.architecture.modalities
+        absent = [[name in removed for name in names] for removed in removals]
+        output = torch.zeros(len(removals), len(self.seeds), len(rows), self.architecture.labels)
+        folds = inputs.folds[rows]
+        groups = [(np.flatnonzero(folds == fold), range(fold, fold + 1)) for fold in range(self.folds)]
+        groups.append((np.flatnonzero(folds < 0), range(self.folds)))
+
+        def keep(part: np.ndarray, s: int, fold: int, model: nn.Module, clips: tuple[list[Tensor], Tensor]) -> None:
+            share = self.folds if folds[part[0]] < 0 else 1
+            for i, logits in enumerate(_without(model, *clips, absent)):
+                output[i, s, part] += logits.softmax(dim=-1).cpu() / share
+
+        self._stream(inputs, rows, groups, keep)
+        return output
+
+    def _stream(
+        self, inputs: Inputs, rows: np.ndarray, groups: Sequence[tuple[np.ndarray, range]],
+        keep: Callable[[np.ndarray, int, int, nn.Module, tuple[list[Tensor], Tensor]], None],
+    ) -> None:
+        """Call keep(positions in rows, s, fold, model, what the model is fed) for each chunk of each group of
+        (positions, folds), fold by fold; chunks on a CPU side by side."""
+        device = inputs.device
+        models = [[self.model(s, fold, device) for s in range(len(self.seeds))] for fold in range(self.folds)]
+        chosen = inputs.select(self.architecture.modalities)
+        feeds = [Standardised(chosen, self.statistics, fold, self.groups) for fold in range(self.folds)]
+        size = PREDICT_ROWS[device.type]
+        tasks = [(group[i : i + size], folds) for group, folds in groups for i in range(0, len(group), size)]
 
         @torch.inference_mode()
-        def chunk(start: int) -> None:
-            part = slice(start, start + PREDICT_ROWS)
-            numbers = torch.from_numpy(rows[part]).to(device)
-            for fold, feed in enumerate(feeds):
-                clips = feed(numbers, removed)
+        def compute(task: tuple[np.ndarray, range]) -> None:
+            part, folds = task
+            clips = torch.from_numpy(rows[part]).to(device)
+            taken: dict[tuple[str, int], Tensor] = {}
+            for fold in folds:
+                fed = feeds[fold](clips, taken)
                 for s, model in enumerate(models[fold]):
-                    logits, scores = model(*clips)
-                    output[s, fold, part] = logits.softmax(dim=-1).cpu()
-                    if scores is not None:
-                        attention[s, fold, part] = scores.cpu()
+                    keep(part, s, fold, model, fed)
 
-        starts = range(0, len(rows), PREDICT_ROWS)
-        with lanes(lane_count(device, len(starts))) as pool:
-            list(pool.map(chunk, starts))
-        return output, attention
+        with lanes(lane_count(device, len(tasks))) as pool:
+            list(pool.map(compute, tasks))
 
     def save(self, folder: Path) -> None:
         """Write ensemble.safetensors and ensemble.json.
@@ -126,6 +159,21 @@ class Ensemble:
             "learned_from": self.learned_from,
         }
         write_json(folder / "ensemble.json", description)
+
+
+def _without(
+    model: Any, features: list[Tensor], present: Tensor, absent: Sequence[Sequence[bool]]
+) -> Iterator[Tensor]:
+    """Logits with each set of modalities absent; `absent`: per set and modality. Zeros have one row, expanded."""
+    zeros = [x.new_zeros(1, x.shape[1]) for x in features]
+    fuse, given, nothing = model, features, zeros
+    if hasattr(model, "fuse"):
+        fuse = model.fuse
+        given, nothing = ([encoder(x) for encoder, x in zip(model.encoders, part, strict=True)]
+                          for part in (features, zeros))
+    for gone in absent:
+        left = [n.expand_as(x) if out else x for x, n, out in zip(given, nothing, gone, strict=True)]
+        yield fuse(left, present & ~torch.tensor(gone, device=present.device))[0]
 
 
 def load_ensemble(folder: str | Path) -> Ensemble:

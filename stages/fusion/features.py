@@ -319,28 +319,31 @@ class Standardised:
             group = fold % len(modality.matrix)
             mean, scale = (t[fold].to(inputs.device) for t in statistics[modality.name])
             factor, shift = modality.spread[group] / scale, (modality.centre[group] - mean) / scale
-            self._parts.append((modality.name, modality.matrix[group], factor, shift))
+            self._parts.append((modality.name, group, modality.matrix[group], factor, shift))
             if groups and modality.name in groups and self._numbers is not None:
                 own = (t[fold % len(t)].to(inputs.device) for t in groups[modality.name])
                 self._own[modality.name] = (modality.centre[group], modality.spread[group], *own)
         self._present = inputs.present
 
-    def __call__(self, rows: Tensor, removed: frozenset[str] = frozenset()) -> tuple[list[Tensor], Tensor]:
+    def __call__(
+        self, rows: Tensor, taken: dict[tuple[str, int], Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """rows: (B,) row numbers. Returns per modality (B, D) float32, and what is present, (B, modalities) bool.
 
-        A modality in `removed` is absent from every clip.
+        taken: the matrices' rows as float32, for the feeds of other folds that are given the same rows: to take them
+        out of a half-precision matrix costs as much as to standardise them.
         """
         present, features = self._present[rows], []
-        for i, (name, matrix, factor, shift) in enumerate(self._parts):
-            if name in removed:
-                present[:, i] = False
-                features.append(factor.new_zeros(len(rows), len(factor)))
-            else:
-                kept = matrix[rows].float()
-                values = torch.addcmul(shift, kept, factor)
-                if name in self._own:
-                    values = self._by_group(name, rows, kept, values)
-                features.append(values.mul_(present[:, i, None]))
+        for i, (name, group, matrix, factor, shift) in enumerate(self._parts):
+            raw = None if taken is None else taken.get((name, group))
+            if raw is None:
+                raw = matrix[rows].float()
+                if taken is not None:
+                    taken[name, group] = raw
+            values = torch.addcmul(shift, raw, factor)
+            if name in self._own:
+                values = self._by_group(name, rows, raw, values)
+            features.append(values.mul_(present[:, i, None]))
         return features, present
 
     def _by_group(self, name: str, rows: Tensor, kept: Tensor, by_fold: Tensor) -> Tensor:
