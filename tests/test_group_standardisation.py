@@ -225,7 +225,7 @@ def test_new_clips_are_a_group_of_their_own(trained, tmp_path, capsys):
         found.append(both[: len(rows)])
         said.append(capsys.readouterr().err)
     np.testing.assert_allclose(*found, atol=1e-3)
-    assert said[0].startswith(f"predict: {len(rows)} clips that the corpus does not have count as one group")
+    assert said[0].startswith(f"predict: the new clips ({len(rows)}) count as one group")
     assert "sound, prompt are standardised: give those of one group" in said[0] and said[0].count("\n") == 1
 
 
@@ -238,4 +238,4 @@ def test_few_new_clips_are_standardised_by_the_fold_and_warned_of(trained, tmp_p
     by_fold = dataclasses.replace(outputs.ensemble, groups={}).predict(inputs, rows)
     found = predicted(outputs.ensemble, [encoded(inputs, rows, new)])
     np.testing.assert_allclose(found, by_fold.mean(dim=(0, 1)), atol=1e-5)
-    assert "warning: predict: 9 clips that the corpus does not have are too few" in capsys.readouterr().err
+    assert "warning: predict: too few new clips (9) for a mean" in capsys.readouterr().err

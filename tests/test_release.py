@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trained_run import SENTENCES, save_ensemble
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
-from stages.engine.files import write_json
+from stages.engine.files import file_digest, write_json
 from stages.inference.bundle import INDEX, SCHEMA, open_bundle
 
 
@@ -39,6 +40,28 @@ def test_a_bundle_gives_the_same_elsewhere(
     for clip, row in here.items():
         assert numbers(there[clip]) == pytest.approx(numbers(row), abs=1e-6)
         assert {**there[clip], "clip": ""} == {**row, "clip": ""}
+
+
+def test_groups_are_known_in_a_bundle_too(trained_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """clips/a.mp4 (and c, its copy) is the corpus's, of a group of its own; b is a new clip, too few for a group."""
+    run_predict("clips", "--out", "plain.csv")
+    ensemble = make_ensemble()
+    mean, scale = (t.mean(dim=0).expand(1, 2, -1).clone() for t in ensemble.statistics["hubert"])
+    mean[0, 1] += 1.0
+    members = {file_digest("clips/a.mp4"): 1}
+    replace(ensemble, groups={"hubert": (mean, scale)}, members=members).save(Path("models/self_training"))
+    capfd.readouterr()
+    run_predict("clips", "--out", "here.csv")
+    assert "warning: predict: too few new clips (1) for a mean" in capfd.readouterr().err
+    release.main([])
+    run_predict("clips", "--bundle", "models/release", "--device", "cpu", "--out", "there.csv")
+    plain, here, there = (rows(Path(f"{name}.csv")) for name in ("plain", "here", "there"))
+    for clip, row in here.items():
+        assert numbers(there[clip]) == pytest.approx(numbers(row), abs=1e-6)
+    assert numbers(here["clips/b.mkv"]) == pytest.approx(numbers(plain["clips/b.mkv"]), abs=1e-5)
+    for clip in ("clips/a.mp4", "clips/c.mp4"):
+        assert numbers(here[clip]) == pytest.approx(numbers(here["clips/a.mp4"]), abs=1e-5)
+        assert numbers(here[clip]) != pytest.approx(numbers(plain[clip]), abs=1e-3)
 
 
 def test_what_a_bundle_holds(released: Path, trained_copy: Path) -> None:

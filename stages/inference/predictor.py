@@ -173,12 +173,12 @@ def grouped(ensemble: Ensemble, inputs: Inputs, clips: Sequence[Source]) -> tupl
         statistics[name] = (torch.cat([own[0], mean.cpu()], dim=1), torch.cat([own[1], scale.cpu()], dim=1))
     if count := int((numbers == new).sum()):
         names = ", ".join(ensemble.groups)
-        print(f"predict: {count} clips that the corpus does not have count as one group, by whose mean and deviation "
-              f"{names} are standardised: give those of one group (one speaker, as the corpus has it) at a time"
+        print(f"predict: the new clips ({count}) count as one group, by whose mean and deviation {names} are "
+              f"standardised: give those of one group (one speaker, as the corpus has it) at a time"
               if found else
-              f"warning: predict: {count} clips that the corpus does not have are too few for a mean of their own: "
-              f"{names} are standardised by the training part, which the models know little of; give {GROUP_MINIMUM} "
-              f"or more of one group (one speaker, as the corpus has it) at a time", file=sys.stderr)
+              f"warning: predict: too few new clips ({count}) for a mean and deviation of their own: {names} are "
+              f"standardised by the training part, as the models saw few clips or none; give {GROUP_MINIMUM} or more "
+              f"of one group (one speaker, as the corpus has it) at a time", file=sys.stderr)
     return replace(ensemble, groups=statistics), replace(inputs, groups=numbers)
 
 
