@@ -28,7 +28,7 @@ from stages.engine.fingerprint import checkpoint_files
 from stages.engine.params import Params, load
 from stages.inference.trained import Trained, assemble
 
-SCHEMA = 1
+SCHEMA = 2
 INDEX = "release.json"
 PARAMS = "params.yaml"
 ENSEMBLE = ("ensemble.json", "ensemble.safetensors")
