@@ -61,6 +61,12 @@ def accuracy_of_counts(counts: ArrayLike) -> FloatArray:
     return 100 * np.trace(counts, axis1=-2, axis2=-1) / np.maximum(counts.sum((-2, -1)), 1)
 
 
+def uar_of_counts(counts: ArrayLike) -> FloatArray:
+    """Unweighted average recall in percent, (...): the mean recall over the classes that occur; 0 without a clip."""
+    _, recall, _, support = class_scores(counts)
+    return recall.sum(-1) / np.maximum((support > 0).sum(-1), 1)  # the recall of a class without a clip is 0
+
+
 def waf(actual: ArrayLike, predicted: ArrayLike, classes: int) -> FloatArray:
     """WAF in percent of class indices actual (N,) and predicted (..., N): (...), a scalar for one row.
 
@@ -80,32 +86,76 @@ def waf_by_fold(actual: ArrayLike, predicted: ArrayLike, folds: ArrayLike, class
     return np.mean([waf(actual[r], predicted[..., r], classes) for r in rows], axis=0)
 
 
-def bootstrap_interval(actual: ArrayLike, predicted: ArrayLike, classes: int, resamples: int,
-                       seed: int) -> tuple[float, float]:
-    """95 % percentile interval of WAF (the mean over seeds of it) under resampling of the clips.
+def bootstrap_interval(actual: ArrayLike, predicted: ArrayLike, classes: int, resamples: int, seed: int,
+                       groups: ArrayLike | None = None) -> tuple[float, float]:
+    """95 % percentile interval of WAF (the mean over seeds of it) under resampling of the clips, or of their groups.
 
-    actual: (N,); predicted: (N,) or (S, N), whose rows are resampled together. Drawing N clips with
-    replacement and counting them is one multinomial draw over the distinct outcomes (actual class, each
-    seed's prediction), of which there are few, so the cost hardly depends on N.
+    actual: (N,); predicted: (N,) or (S, N), whose rows are resampled together; groups: see resampled_waf.
     """
-    actual = np.asarray(actual, np.int64)
     rows = np.atleast_2d(np.asarray(predicted, np.int64))
-    outcomes, counts = np.unique(np.vstack([actual, rows]), axis=1, return_counts=True)
-    cells = outcomes[0] * classes + outcomes[1:]                     # (S, outcomes) index into K x K
+    values = resampled_waf(actual, rows, classes, resamples, seed, groups).mean(axis=1)
+    return percentile_interval(values)
+
+
+def paired_interval(actual: ArrayLike, a: ArrayLike, b: ArrayLike, classes: int, resamples: int, seed: int,
+                    groups: ArrayLike | None = None) -> tuple[float, float]:
+    """95 % percentile interval of WAF of a minus WAF of b (means over seeds), two predictions of the same clips.
+
+    actual: (N,); a, b: (N,) or (S, N), of as many seeds as each has. A resample draws the same clips (or groups,
+    see resampled_waf) for both, so what makes a clip hard for both cancels: an interval that excludes 0 is a
+    difference that another draw of clips would hardly turn round.
+    """
+    first, second = (np.atleast_2d(np.asarray(rows, np.int64)) for rows in (a, b))
+    values = resampled_waf(actual, np.vstack([first, second]), classes, resamples, seed, groups)
+    return percentile_interval(values[:, : len(first)].mean(axis=1) - values[:, len(first):].mean(axis=1))
+
+
+def percentile_interval(values: FloatArray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def cluster_count(groups: ArrayLike) -> int:
+    """How many units resampled_waf draws: distinct groups, and each clip without one ("")."""
+    names = np.asarray(groups, dtype=str)
+    return len(np.unique(names[names != ""])) + int((names == "").sum())
+
+
+def resampled_waf(actual: ArrayLike, predicted: ArrayLike, classes: int, resamples: int, seed: int,
+                  groups: ArrayLike | None = None) -> FloatArray:
+    """WAF in percent of every row of predictions in every resample: (resamples, R).
+
+    actual: (N,); predicted: (R, N); groups: (N,) names, "" for a clip of none. What is drawn with replacement is a
+    clip, or with groups a whole group (the cluster bootstrap: clips of one speaker are alike, so they are no
+    independent evidence) and each clip of none. Where all clips are of one group nothing can be said about another:
+    the clips are drawn then. A draw is a multinomial one over the distinct units: clips with the same outcome
+    (actual class, each row's prediction) are one, so the cost hardly depends on N.
+    """
+    actual, predicted = np.asarray(actual, np.int64), np.asarray(predicted, np.int64)
+    names = np.full(len(actual), "") if groups is None else np.asarray(groups, dtype=str)
+    if cluster_count(names) == 1:
+        names = np.full(len(actual), "")
+    cells = actual * classes + predicted                              # (R, N) index into K x K
+    alone = names == ""
+    _, unit = np.unique(names, return_inverse=True)                   # a unit per group; "" sorts first, if it occurs
+    outcomes, of_clip = np.unique(cells[:, alone], axis=1, return_inverse=True)
+    unit[alone] = unit.max(initial=0) + 1 + of_clip.reshape(-1)       # and one per distinct outcome of the others
+    _, unit = np.unique(unit, return_inverse=True)
+    units, rows = int(unit.max(initial=0)) + 1, len(cells)
+    places = (unit + units * np.arange(rows)[:, None]) * classes**2 + cells
+    counts = np.bincount(places.ravel(), minlength=rows * units * classes**2).reshape(rows, units, classes**2)
+    weights = np.ones(units)                                          # how many draws can give the unit
+    weights[unit[alone]] = np.bincount(unit, minlength=units)[unit[alone]]
+    per_draw = counts / weights[:, None]                              # confusion counts that one draw of it adds
     generator = np.random.default_rng(seed)
-    chunk = max(1, 2**22 // counts.size)                             # bounds the draws to 32 MiB
+    chunk = max(1, 2**22 // units)                                    # bounds the draws to 32 MiB
     values = []
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=size).astype(np.float64)
-        scores = []
-        for cell in cells:
-            to_cell = np.zeros((counts.size, classes**2))
-            to_cell[np.arange(counts.size), cell] = 1
-            scores.append(waf_of_counts((draws @ to_cell).reshape(size, classes, classes)))
-        values.append(np.mean(scores, axis=0))
-    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
-    return float(low), float(high)
+        draws = generator.multinomial(int(weights.sum()), weights / weights.sum(), size=size).astype(np.float64)
+        drawn = (draws @ per_draw).reshape(rows, size, classes, classes)
+        values.append(waf_of_counts(drawn).T)
+    return np.concatenate(values)
 
 
 def per_class(counts: ArrayLike, labels: Sequence[str]) -> dict[str, dict[str, float]]:
