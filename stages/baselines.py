@@ -20,7 +20,7 @@ def main() -> None:
     from stages.fusion.features import load_inputs, write_clips
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
-    set_threads(False)  # matrices of thousands of clips, one after the other
+    set_threads(len(inputs.labelled) < 1000)  # one fit after the other, by all cores where a product takes long enough
     groups = np.array([clip.group for clip in read_manifest()], dtype=np.str_)
     found = baselines(inputs, p.fusion, groups)
     empty_folder(OUT)
