@@ -197,7 +197,8 @@ def test_modality_dropout_reruns_the_fusion_alone_and_changes_the_waf(repository
 def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(repository: Repository) -> None:
     before = repository.metrics(), (repository.folder / "params.yaml").read_bytes()
     output = repository.run("python", "-m", "stages.commands.tables", "hubert", "p30")
-    assert repository.stages_run(output) == ["plan", "gather_features", *EVALUATION]  # p = 0.3 is there
+    # p = 0.3 is there
+    assert set(repository.stages_run(output)) == {"plan", "gather_features", "baselines", *EVALUATION}
     assert "tables-hubert-" in repository.run("dvc", "exp", "list")
     rows = {line.split(" | ")[0]: line for line in (repository.folder / "reports/tables.md").read_text().splitlines()}
     assert rows["| HuBERT"].count(" ± ") == 3 and rows["| p = 0.3"].count(" ± ") == 3 and "not run" in rows["| CLIP"]
@@ -220,7 +221,7 @@ def test_a_killed_row_does_not_cost_the_users_params(repository: Repository) -> 
 def test_layers_rerun_hubert_and_what_follows_and_going_back_is_free(repository: Repository) -> None:
     before = repository.contents("features/hubert")
     output = repository.run("dvc", "exp", "run", "-S", "extractors.hubert.layers=[-1]")
-    assert repository.stages_run(output) == ["plan", "extract@hubert", "gather_features", *EVALUATION]
+    assert set(repository.stages_run(output)) == {"plan", "extract@hubert", "gather_features", "baselines", *EVALUATION}
     assert repository.contents("features/hubert") != before
     output = repository.run("dvc", "exp", "run", "-S", "extractors.hubert.layers=[-4,-3,-2,-1]")
     assert repository.stages_run(output) == []
