@@ -94,11 +94,12 @@ def words(run: Run, p: FusionParams, found: Protocol, models: str, what: str) ->
     models: final, round0 or one of BASELINES. what: test, unlabelled, out_of_fold, last_epoch or best_epoch.
     """
     seeds, folds = run.final.votes.shape[:2]
-    over = f"mean over {seeds} seed{'s' * (seeds > 1)}"
+    over = f"{seeds} seed{'s' * (seeds > 1)}"
     model = BASELINES.get(models, "each fold's model")
     when = f" {epoch_of(p)}" if models not in BASELINES else ""
     if what in ("test", "unlabelled"):
-        text = f"{run.known(what).size} {what} clips; {model}{when}, the {folds} folds' probabilities averaged; {over}."
+        text = f"{run.known(what).size} {what} clips; {model}{when}, the {folds} folds' probabilities averaged; "
+        text += f"mean over {over}."
         if models in BASELINES:
             return f"{text} It has seen nothing of them."
         if what == "test":
@@ -108,11 +109,12 @@ def words(run: Run, p: FusionParams, found: Protocol, models: str, what: str) ->
         return text + (" Some of them were trained on, with pseudo-labels." if taught else "")
     text = {
         "out_of_fold": f"{len(run.actual)} labelled clips at once, each by the model of its own fold, which has not "
-                       f"trained on it{', at the last epoch' if models not in BASELINES else f': {model}'}; {over}.",
-        "last_epoch": f"each fold's WAF on its validation part at the last epoch, mean over folds, {over}; no epoch "
+                       f"trained on it{', at the last epoch' if models not in BASELINES else f': {model}'}; mean over "
+                       f"{over}.",
+        "last_epoch": f"each fold's WAF on its validation part at the last epoch, mean over folds and {over}; no epoch "
                       f"was picked.",
         "best_epoch": f"each fold's WAF on its validation part at the epoch that is best on that same part, mean over "
-                      f"folds, {over}: optimistic. The paper's Train&Val.",
+                      f"folds and {over}: optimistic. The paper's Train&Val.",
     }[what]
     if found.leaky:
         text += " Leaky: an encoder has learned from these clips' labels."
