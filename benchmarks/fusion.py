@@ -46,6 +46,8 @@ LABELLED, UNLABELLED, FOLDS = 5030, 115_595, 5
 EPOCHS = 30
 TURN = 5  # epochs of one side before the other's
 BATCHED = "31166a6"  # the last commit whose models were one batched model
+PLAIN: dict[str, Any] = {"architecture": "attention", "standardize": "fold", "epoch": "best", "optimizer": "adam",
+                         "class_weights": "none", "label_smoothing": 0.0, "feature_noise": 0.0, "mixup": 0.0}
 WORKER = """
 import sys
 from benchmarks import fusion
@@ -53,17 +55,20 @@ from stages.engine.devices import set_threads
 from stages.engine.params import Fusion
 engine, epochs = sys.argv[1], int(sys.argv[2])
 set_threads(engine != "batched")
-recipe = Fusion(modalities=list(fusion.DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128,
+recipe = Fusion(modalities=list(fusion.DIMENSIONS), modality_dropout=0.3, keep_one=True, hidden=128,
                 dropout=0.3, epochs=epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=[0],
-                **({"missing": "off"} if engine == "batched" else {"architecture": "attention"}))
+                **({"missing": "off", "standardize": True} if engine == "batched" else fusion.PLAIN))
 inputs = fusion.random_inputs(0, fusion.torch.float32, "cpu")
-statistics, models = fusion.fold_statistics(inputs, True), [(0, fold) for fold in range(fusion.FOLDS)]
+statistics = fusion.fold_statistics(inputs, True if engine == "batched" else recipe)
+models = [(0, fold) for fold in range(fusion.FOLDS)]
+feeds = statistics if engine == "batched" else [
+    fusion.Standardised(inputs, statistics, fold) for fold in range(fusion.FOLDS)]
 groups = fusion.groups_of_folds(inputs, recipe) if engine == "vmap" else []
 def turn():
     if groups:
         fusion.run_groups(groups)
     else:
-        fusion.fit(inputs, recipe, inputs.labels[None], statistics, models, engine)
+        fusion.fit(inputs, recipe, inputs.labels[None], feeds, models, engine)
 for _ in sys.stdin:  # a line is a turn
     print(fusion.seconds(turn) / epochs, flush=True)
 """
@@ -84,9 +89,9 @@ def main() -> None:
     device = pick_device(options.device)
     set_threads(options.whole)  # as the stages do; beside them the loop has all cores
     fusion = Fusion(
-        modalities=list(DIMENSIONS), standardize=True, modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3,
+        modalities=list(DIMENSIONS), modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3,
         epochs=options.epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=list(range(options.seeds)),
-        architecture="attention",
+        **PLAIN,
     )
     print(f"{len(os.sched_getaffinity(0))} CPU cores, {device}")
     if options.whole:
@@ -142,11 +147,12 @@ def whole(fusion: Fusion, rounds: int, device: str) -> None:
 def beside_the_baseline(fusion: Fusion, device: str) -> None:
     inputs = random_inputs(0, torch.float32, device)
     recipe = fusion.model_copy(update={"epochs": TURN, "seeds": [0]})
-    statistics_ = fold_statistics(inputs, True)
+    statistics_ = fold_statistics(inputs, recipe)
+    feeds = [Standardised(inputs, statistics_, fold) for fold in range(FOLDS)]
     models = [(0, fold) for fold in range(FOLDS)]
 
     def ours() -> None:
-        fit(inputs, recipe, inputs.labels[None], statistics_, models, "ours")
+        fit(inputs, recipe, inputs.labels[None], feeds, models, "ours")
 
     def loop() -> None:
         for _ in range(TURN):
@@ -220,7 +226,7 @@ class Vmapped:
         self.model, self.dropout = models[0], Dropout(recipe.dropout, self.generator)
         self.parameters, _ = torch.func.stack_module_state(models)
         self.adam = torch.optim.Adam(list(self.parameters.values()), recipe.learning_rate, fused=True)
-        standardised = fold_statistics(inputs, True)
+        standardised = fold_statistics(inputs, recipe)
         self.feeds = [Standardised(inputs, standardised, fold) for fold in folds]
         self.rows = [torch.from_numpy(np.flatnonzero(inputs.folds != fold)) for fold in folds]
         self.valid = [torch.from_numpy(np.flatnonzero(inputs.folds == fold)) for fold in folds]

@@ -1,10 +1,7 @@
 """Stage split_folds: seeded stratified folds of the labelled clips in data/folds.csv; groups never straddle folds."""
 
 import sys
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from typing import Any
 
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import write_rows
@@ -13,42 +10,25 @@ from stages.engine.params import load_fusion
 
 
 def split(clips: list[Clip], count: int, seed: int) -> list[int]:
-    """The fold 0..count - 1 of each labelled clip. Stratified by label, and by group where clips have one; with as many
-    groups as folds each is one (leave one speaker out), whatever classes it lacks.
+    """The fold 0..count - 1 of each labelled clip (stages/fusion/folds.py).
 
     Raises PipelineError where a class has fewer clips than there are folds, or where there are fewer groups.
     """
-    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
+    from stages.fusion import folds
 
     labels = [clip.label for clip in clips]
-    if not any(clip.group for clip in clips):
-        label, least = min(sorted(Counter(labels).items()), key=lambda item: item[1])
-        if least < count:
-            raise PipelineError(f"folds.count: found {count}, but class {label!r} has {least} labelled clips; expected "
-                                f"at most {least} folds, or leave the class out of corpus.labels")
-        return _folds(StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels), len(clips))
     groups = [clip.group or clip.clip_id for clip in clips]
+    if not any(clip.group for clip in clips):
+        groups = [""] * len(clips)
+    label, least = min(sorted(Counter(labels).items()), key=lambda item: item[1])
+    if not any(groups) and least < count:
+        raise PipelineError(f"folds.count: found {count}, but class {label!r} has {least} labelled clips; expected "
+                            f"at most {least} folds, or leave the class out of corpus.labels")
     distinct = len(set(groups))
-    if distinct < count:
+    if any(groups) and distinct < count:
         raise PipelineError(f"folds.count: found {count}, but the labelled clips are of {distinct} groups; expected at "
                             f"most {distinct} folds")
-    if distinct > count and max(Counter(labels).values()) >= count:  # what StratifiedGroupKFold asks for
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a class with fewer clips than folds: said below
-            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-            folds = _folds(splitter.split(labels, labels, groups), len(clips))
-        if len(set(folds)) == count:
-            return folds
-    # Stratifying can put all groups of a class into few folds and leave others empty; by size none is
-    return _folds(GroupKFold(count).split(labels, labels, groups), len(clips))
-
-
-def _folds(parts: Iterable[tuple[Any, Any]], clips: int) -> list[int]:
-    folds = [0] * clips
-    for fold, (_, validation) in enumerate(parts):
-        for i in validation:
-            folds[i] = fold
-    return folds
+    return folds.split(labels, groups, count, seed).tolist()
 
 
 def remarks(clips: list[Clip], folds: list[int]) -> list[str]:

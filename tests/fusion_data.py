@@ -23,15 +23,21 @@ def recipe(**changes) -> Fusion:
     small = {
         "modalities": ["sound", "face", "prompt"],
         "architecture": "attention",
-        "standardize": True,
+        "standardize": "fold",
         "modality_dropout": 0.3,
         "keep_one": True,
         "hidden": 16,
         "dropout": 0.3,
         "epochs": 3,
+        "epoch": "best",
         "batch_size": 16,
         "learning_rate": 0.003,
+        "optimizer": "adam",
         "weight_decay": 0.0,
+        "class_weights": "none",
+        "label_smoothing": 0.0,
+        "feature_noise": 0.0,
+        "mixup": 0.0,
         "seeds": [0, 7],
     }
     return Fusion(**{**small, **changes})

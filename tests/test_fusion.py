@@ -8,6 +8,7 @@ import pytest
 import torch
 from fusion_data import LABELS, make_inputs, raw_features, recipe, tiled
 from sklearn.metrics import f1_score
+from sklearn.utils.class_weight import compute_class_weight
 
 from stages import fusion
 from stages.fusion import ensemble as ensemble_module
@@ -19,24 +20,29 @@ from stages.fusion.training import Training, fit, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def feeds_of(inputs, **changes):
+    statistics = fold_statistics(inputs, recipe(**changes))
+    return [Standardised(inputs, statistics, fold) for fold in range(3)]
+
+
 # ---------------------------------------------------------------- models never meet
 
 
-@pytest.mark.parametrize("cores", [1, 2, 100])
-def test_a_model_among_others_equals_itself_alone(cores, monkeypatch):
+@pytest.mark.parametrize(("cores", "changes"), [(1, {}), (2, {}), (100, {}), (2, {"feature_noise": 0.2, "mixup": 0.4})])
+def test_a_model_among_others_equals_itself_alone(cores, changes, monkeypatch):
     monkeypatch.setattr(ensemble_module, "cores", lambda: cores)
-    p = recipe(epochs=4)
+    p = recipe(epochs=4, **changes)
     inputs, _ = make_inputs()  # folds of unequal size: some models have fewer batches than others
-    labels, statistics = tiled(inputs, p), fold_statistics(inputs, p.standardize)
+    labels, feeds = tiled(inputs, p), feeds_of(inputs)
     models = list(np.ndindex(2, 3))
-    together = fit(inputs, p, labels, statistics, models, "test")
+    together = fit(inputs, p, labels, feeds, models, "test")
     assert len({len(model.rows) for model in together}) > 1
     for model, (s, fold) in zip(together, models, strict=True):
         torch.rand(17)  # nor does torch's own generator matter
-        alone = Training(inputs, p, labels[s], Standardised(inputs, statistics, fold), p.seeds[s], fold)
+        alone = Training(inputs, p, labels[s], feeds[fold], p.seeds[s], fold)
         for _ in range(p.epochs):
             alone.run_epoch()
-        assert all(torch.equal(model.best[name], alone.best[name]) for name in alone.best)
+        assert all(torch.equal(model.kept.weights[name], alone.kept.weights[name]) for name in alone.kept.weights)
         assert torch.equal(model.softmax, alone.softmax) and model.curve == alone.curve
 
 
@@ -45,8 +51,12 @@ def plain_training(inputs, p, seed, fold):
     initial, order, dropout = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3))
     torch.manual_seed(initial)
     model = training.architecture_of(inputs, p).build(torch.Generator().manual_seed(dropout))
-    adam = torch.optim.Adam(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer]
+    optimizer, weights = kind(model.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay), None
     learn = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))
+    if p.class_weights == "balanced":
+        balance = compute_class_weight("balanced", classes=np.arange(len(LABELS)), y=inputs.labels[learn])
+        weights = torch.tensor(balance, dtype=torch.float32)
     valid, present, features = np.flatnonzero(inputs.folds == fold), inputs.present.numpy(), []
     for i, modality in enumerate(inputs.modalities):
         raw = raw_features(modality, fold)
@@ -60,16 +70,20 @@ def plain_training(inputs, p, seed, fold):
         for start in range(0, len(shuffled), p.batch_size):
             rows = shuffled[start : start + p.batch_size]
             logits, _ = model([x[rows] for x in features], inputs.present[rows])
-            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(inputs.labels)[rows])
-            adam.zero_grad()
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(inputs.labels)[rows], weights,
+                                                     label_smoothing=p.label_smoothing)
+            optimizer.zero_grad()
             loss.backward()
-            adam.step()
+            optimizer.step()
         with torch.no_grad():
             history.append(model.eval()([x[valid] for x in features], inputs.present[valid])[0].softmax(dim=1))
     return history
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.1, "keep_one": False, "modality_dropout": 0.6}])
+@pytest.mark.parametrize("changes", [
+    {}, {"weight_decay": 0.1, "keep_one": False, "modality_dropout": 0.6},
+    {"weight_decay": 0.5, "optimizer": "adamw", "class_weights": "balanced", "label_smoothing": 0.2},
+])
 def test_equals_a_plain_torch_loop(changes):
     p = recipe(epochs=4, **changes)
     inputs, _ = make_inputs()
@@ -88,7 +102,7 @@ def test_seeds_and_folds_differ_in_weights_order_and_dropout():
     outputs = train(inputs, p, tiled(inputs, p), "test")
     weights = outputs.ensemble.weights["classifier.weight"].flatten(0, 1)
     assert len({row.numpy().tobytes() for row in weights}) == 6
-    feed = Standardised(inputs, fold_statistics(inputs, True), 0)
+    feed = feeds_of(inputs)[0]
     one, other = (Training(inputs, p, inputs.labels, feed, seed, 0) for seed in (0, 7))
     orders = [torch.randperm(40, generator=model.order).tolist() for model in (one, other)]
     x = torch.ones(1, 64)
@@ -99,7 +113,7 @@ def test_seeds_and_folds_differ_in_weights_order_and_dropout():
 def test_best_epoch_is_the_first_of_equals_and_its_weights_are_kept():
     p = recipe(epochs=12, learning_rate=0.01)
     inputs, _ = make_inputs()
-    feed = Standardised(inputs, fold_statistics(inputs, True), 1)
+    feed = feeds_of(inputs)[1]
     model, history = Training(inputs, p, inputs.labels, feed, 0, 1), []
     for _ in range(p.epochs):
         model.run_epoch()
@@ -112,7 +126,7 @@ def test_best_epoch_is_the_first_of_equals_and_its_weights_are_kept():
     waf, weights, softmax = max(history, key=lambda epoch: epoch[0])  # the first of equals
     assert sum(epoch[0] == waf for epoch in history) > 1  # there are equals
     assert model.best_waf == pytest.approx(waf) and torch.equal(model.best_softmax, softmax)
-    assert all(torch.equal(model.best[name], values) for name, values in weights.items())
+    assert all(torch.equal(model.kept.weights[name], values) for name, values in weights.items())
 
 
 def test_a_model_that_fails_ends_the_others(monkeypatch):
@@ -131,7 +145,7 @@ def test_a_model_that_fails_ends_the_others(monkeypatch):
     p = recipe(epochs=200)
     inputs, _ = make_inputs()
     with pytest.raises(ArithmeticError, match="the first model"):
-        fit(inputs, p, tiled(inputs, p), fold_statistics(inputs, True), list(np.ndindex(2, 3)), "test")
+        fit(inputs, p, tiled(inputs, p), feeds_of(inputs), list(np.ndindex(2, 3)), "test")
     assert len(epochs) < 6 * p.epochs / 2
 
 
@@ -269,10 +283,10 @@ def test_another_architecture_is_one_file_and_its_name(tmp_path, monkeypatch):
 
 def test_standardisation_sees_the_training_part_only():
     inputs, _ = make_inputs()
-    before = fold_statistics(inputs, True)
+    before = fold_statistics(inputs, recipe())
     for modality in inputs.modalities:
         modality.matrix[:, inputs.folds == 0] += 100 * modality.present[inputs.folds == 0, None]
-    after = fold_statistics(inputs, True)
+    after = fold_statistics(inputs, recipe())
     for name, (mean, scale) in before.items():
         assert torch.equal(mean[0], after[name][0][0]) and torch.equal(scale[0], after[name][1][0])
         assert not torch.equal(mean[1], after[name][0][1])
@@ -281,7 +295,7 @@ def test_standardisation_sees_the_training_part_only():
 def test_standardised_inputs_have_mean_0_and_deviation_1_over_present_clips():
     inputs, _ = make_inputs()
     rows = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != 0))
-    features, present = Standardised(inputs, fold_statistics(inputs, True), 0)(torch.from_numpy(rows))
+    features, present = feeds_of(inputs)[0](torch.from_numpy(rows))
     assert torch.equal(present, inputs.present[rows]) and not present.all()
     for i, x in enumerate(features):
         assert not x[~present[:, i]].any()  # absent is zeros, the average clip
@@ -294,7 +308,7 @@ def test_without_standardize_inputs_are_raw():
     inputs, _ = make_inputs()
     rows = inputs.labelled[:16]
     for fold in (0, 2):
-        features, _ = Standardised(inputs, fold_statistics(inputs, False), fold)(torch.from_numpy(rows))
+        features, _ = feeds_of(inputs, standardize="none")[fold](torch.from_numpy(rows))
         for i, x in enumerate(features):
             expected = raw_features(inputs.modalities[i], fold)[rows] * inputs.present[rows, i, None].numpy()
             np.testing.assert_allclose(x, expected, atol=1e-5)

@@ -94,7 +94,7 @@ def test_rounding_of_a_nearly_constant_dimension_is_not_standardised_up(tmp_path
         monkeypatch.chdir(folder)
         loaded = load_run()
         for fold in range(3):
-            feed = features.Standardised(loaded, features.fold_statistics(loaded, True), fold)
+            feed = features.Standardised(loaded, features.fold_statistics(loaded, recipe()), fold)
             found.append(feed(torch.arange(len(loaded.clip_ids)))[0][0])
     for before, after in zip(found[:3], found[3:], strict=True):
         assert before[:, 4:].std() > 0.5  # the others still tell clips apart

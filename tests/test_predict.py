@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusion_data import make_inputs
+from fusion_data import make_inputs, recipe
 from predict_runs import change, error_of, numbers, remove, rows, run_predict, word_table
 from test_transcribe import make_ctc
 from trained_run import SENTENCES, TEMPERATURE, make_ensemble, save_ensemble
@@ -130,7 +130,7 @@ def test_attention_is_what_weighs_the_encodings() -> None:
     weights = {name: torch.stack([model[name] for model in models]).unflatten(0, (2, 3)) for name in models[0]}
     weights["scores.weight"].zero_()
     weights["scores.bias"].copy_(torch.tensor([0.0, 2.0, -1.0]))
-    ensemble = Ensemble(architecture, inputs.label_names, (0, 7), weights, fold_statistics(inputs, True))
+    ensemble = Ensemble(architecture, inputs.label_names, (0, 7), weights, fold_statistics(inputs, recipe()))
     rows = np.arange(9)
     softmax, attention = ensemble.predict_with_attention(inputs, rows)
     assert attention.shape == (2, 3, 9, 3) and (attention == torch.tensor([0.0, 2.0, -1.0])).all()

@@ -17,7 +17,7 @@ from stages.evaluation import figures
 from stages.evaluation.artefacts import read_run
 
 FUSION, FINAL, BASELINES = (Path("models") / name for name in ("fusion", "self_training", "baselines"))
-KEYS = {"labelled": ("out_of_fold_best", "out_of_fold_last"), "others": ("votes",)}
+KEYS = {"labelled": ("out_of_fold_best", "out_of_fold_last", "out_of_fold"), "others": ("votes",)}
 
 
 @pytest.fixture

@@ -5,6 +5,9 @@ There are no defaults and no coercion: what a stage sees is what the file, and s
 YAML 1.2 through ruamel.yaml as DVC reads it (`off` is a string, 1e-4 a number).
 """
 
+import re
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -21,7 +24,9 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quality = Annotated[int, Field(ge=1, le=100)]
+Standardize = Literal["none", "fold", "group"]
 P = TypeVar("P", bound=BaseModel)
+KIND = re.compile(r"int$|literal\[|dict\[|\[key\]$")  # in a fault's place: which kind of value it would have been
 
 
 class Section(BaseModel):
@@ -180,16 +185,31 @@ class EmoVCLIP(Section):
 class Fusion(Section):
     modalities: Annotated[list[str], Field(min_length=1)]
     architecture: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    standardize: bool
+    standardize: Standardize | dict[str, Standardize]
     modality_dropout: Probability
     keep_one: bool
     hidden: Positive
     dropout: Probability
     epochs: Positive
+    epoch: Literal["best", "common", "last"]
     batch_size: Positive
     learning_rate: PositiveFloat
+    optimizer: Literal["adam", "adamw"]
     weight_decay: Annotated[float, Field(ge=0)]
+    class_weights: Literal["none", "balanced"]
+    label_smoothing: Probability
+    feature_noise: Annotated[float, Field(ge=0)]
+    mixup: Annotated[float, Field(ge=0)]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
+
+    def standardized_by(self, modality: str) -> Standardize:
+        """What `standardize` says of one modality; in a mapping those that it does not name are by fold."""
+        return self.standardize if isinstance(self.standardize, str) else self.standardize.get(modality, "fold")
+
+    @property
+    def by_group(self) -> list[str]:
+        """Modalities in which validation and test clips are standardised among themselves: that is transductive."""
+        return [name for name in self.modalities if self.standardized_by(name) == "group"]
 
 
 class SelfTraining(Section):
@@ -246,6 +266,18 @@ class FusionParams(Section):
             raise ValueError(f"fusion.modalities: found {self.fusion.modalities}, expected each name once")
         return self
 
+    @model_validator(mode="after")
+    def _standardized_modalities_exist(self) -> Self:
+        known = sorted(self.known_modalities())
+        named = self.fusion.standardize if isinstance(self.fusion.standardize, dict) else {}
+        for name in named:
+            if name not in known:
+                raise ValueError(f"fusion.standardize: found {name!r}, expected some of {known}")
+        return self
+
+    def known_modalities(self) -> Iterable[str]:
+        return self.fusion.modalities
+
 
 class ImportedParams(FusionParams):
     """The whole params.yaml of a folder that stages.commands.import_features made."""
@@ -273,6 +305,9 @@ class Params(FusionParams):
             if name not in self.extractors:
                 raise ValueError(f"fusion.modalities: found {name!r}, expected some of {sorted(self.extractors)}")
         return self
+
+    def known_modalities(self) -> Iterable[str]:
+        return self.extractors
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -307,9 +342,11 @@ def _validated(schema: type[P], path: str | Path, values: Any) -> P:
 
 def describe(error: ValidationError) -> str:
     """The first fault as `key: found VALUE, expected ...`, and how many more there are."""
-    faults = error.errors()
-    first = faults[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("int", "literal['auto']", "[key]"))
+    faults: dict[tuple[Any, ...], list[Any]] = {}  # a value that fits none of several kinds has a fault of each
+    for fault in error.errors():
+        faults.setdefault(tuple(takewhile(lambda part: not KIND.match(str(part)), fault["loc"])), []).append(fault)
+    first = max(next(iter(faults.values())), key=lambda fault: len(fault["loc"]))
+    key = ".".join(str(part) for part in first["loc"] if not KIND.match(str(part)))
     found = first["input"]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         text = f"{key}: unknown parameter (found {_short(found)}); remove it or correct its name"

@@ -146,7 +146,7 @@ def by_fold(run: Run, predictions: Predictions) -> dict[str, dict[str, Any]]:
 
 def calibration_sets(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(probabilities (N, L), classes) of the seeds' mean: out of fold at the ensemble's epoch, and known test clips."""
-    sets = {"out_of_fold": (run.final.best.mean(axis=0), run.actual)}
+    sets = {"out_of_fold": (run.final.own.mean(axis=0), run.actual)}
     if (known := run.known("test")).size:
         sets["test"] = run.final.ensemble[known], run.truth[known]
     return sets

@@ -17,7 +17,7 @@ from stages.engine.errors import PipelineError, one_line
 from stages.engine.files import empty_folder, replacing, write_json, write_tensors
 from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
-from stages.fusion.features import Inputs, Standardised, Statistics
+from stages.fusion.features import Inputs, Standardised, Statistics, write_clips
 
 PREDICT_ROWS = 1024  # clips per chunk: bounds the memory of a prediction, whatever the number of clips
 
@@ -29,18 +29,26 @@ def lane_count(device: torch.device, tasks: int) -> int:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """S x F models of one architecture, each at its best epoch, with its fold's standardisation."""
+    """S x F models of one architecture, each at the epoch that fusion.epoch chose, with its fold's standardisation."""
 
     architecture: Architecture
     label_names: tuple[str, ...]
     seeds: tuple[int, ...]
     weights: dict[str, Tensor]  # the models' state dicts, stacked: (S, F, ...) float32
-    statistics: Statistics  # per modality mean and scale (F, D)
+    statistics: Statistics  # per modality mean and scale (F, D), as fold_statistics gives them
     learned_from: dict[str, Any] = field(default_factory=dict)  # per modality its entry in data/modalities.json then
+    chosen: str = "best"  # fusion.epoch: how each model's epoch was chosen
+    epochs: list[list[int]] = field(default_factory=list)  # (S, F) those epochs, from 1
+    groups: Statistics = field(default_factory=dict)  # as group_statistics gives them, where fusion.standardize says so
+    members: dict[str, int] = field(default_factory=dict)  # digest of a clip's content -> its group there, or -1
 
     @property
     def folds(self) -> int:
         return next(iter(self.weights.values())).shape[1]
+
+    @property
+    def group_count(self) -> int:
+        return next((mean.shape[1] for mean, _ in self.groups.values()), 0)
 
     @property
     def parameters_per_model(self) -> int:
@@ -69,16 +77,17 @@ class Ensemble:
         """
         modalities, device = self.architecture.modalities, inputs.device
         models = [[self.model(s, fold, device) for s in range(len(self.seeds))] for fold in range(self.folds)]
-        feeds = [Standardised(inputs.select(modalities), self.statistics, fold) for fold in range(self.folds)]
+        chosen = inputs.select(modalities)
+        feeds = [Standardised(chosen, self.statistics, fold, self.groups) for fold in range(self.folds)]
         output = torch.empty(len(self.seeds), self.folds, len(rows), self.architecture.labels)
         attention = torch.full((*output.shape[:3], len(modalities)), torch.nan)
 
         @torch.inference_mode()
         def chunk(start: int) -> None:
             part = slice(start, start + PREDICT_ROWS)
-            chosen = torch.from_numpy(rows[part]).to(device)
+            numbers = torch.from_numpy(rows[part]).to(device)
             for fold, feed in enumerate(feeds):
-                clips = feed(chosen, removed)
+                clips = feed(numbers, removed)
                 for s, model in enumerate(models[fold]):
                     logits, scores = model(*clips)
                     output[s, fold, part] = logits.softmax(dim=-1).cpu()
@@ -94,11 +103,14 @@ class Ensemble:
         """Write ensemble.safetensors and ensemble.json.
 
         Tensors: every weight of the architecture's module (S, F, ...), encoders by the modality's position;
-        standardize.<modality>.mean and .scale (F, D).
+        standardize.<modality>.mean and .scale (F, D); standardize.<modality>.group_mean and .group_scale (G, groups, D)
+        of the modalities that are standardised by group.
         """
         tensors = dict(self.weights)
         for name, (mean, scale) in self.statistics.items():
             tensors |= {f"standardize.{name}.mean": mean, f"standardize.{name}.scale": scale}
+        for name, (mean, scale) in self.groups.items():
+            tensors |= {f"standardize.{name}.group_mean": mean, f"standardize.{name}.group_scale": scale}
         write_tensors(folder / "ensemble.safetensors", tensors)
         shape = asdict(self.architecture)
         modalities = zip(shape.pop("modalities"), shape.pop("dimensions"), strict=True)
@@ -109,6 +121,8 @@ class Ensemble:
             "labels": list(self.label_names),
             "folds": self.folds,
             "seeds": list(self.seeds),
+            "epoch": {"chosen": self.chosen, "of_seed_and_fold": self.epochs},
+            "by_group": {"modalities": list(self.groups), "groups": self.group_count, "group_of_digest": self.members},
             "learned_from": self.learned_from,
         }
         write_json(folder / "ensemble.json", description)
@@ -128,7 +142,13 @@ def load_ensemble(folder: str | Path) -> Ensemble:
             *(description[name] for name in ("hidden", "dropout", "modality_dropout", "keep_one")),
         )
         labels, seeds = tuple(description["labels"]), tuple(description["seeds"])
-        folds, learned_from = description["folds"], description["learned_from"]
+        folds, learned_from, epoch = description["folds"], description["learned_from"], description["epoch"]
+        chosen, epochs = epoch["chosen"], epoch["of_seed_and_fold"]
+        dimensions = dict(zip(architecture.modalities, architecture.dimensions, strict=True))
+        by_group = {name: dimensions[name] for name in description["by_group"]["modalities"]}
+        count, members = description["by_group"]["groups"], dict(description["by_group"]["group_of_digest"])
+        if not all(number in range(-1, count) for number in members.values()):
+            raise ValueError(f"by_group: expected numbers of {count} groups")
         with torch.device("meta"):
             shapes = {name: tuple(values.shape) for name, values in architecture.build().state_dict().items()}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -139,7 +159,13 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     for name, dimension in zip(architecture.modalities, architecture.dimensions, strict=True):
         mean, scale = (_tensor(path, tensors, f"standardize.{name}.{p}", (folds, dimension)) for p in ("mean", "scale"))
         statistics[name] = (mean, scale)
-    return Ensemble(architecture, labels, seeds, weights, statistics, learned_from)
+    groups = {}
+    for name, dimension in by_group.items():
+        sets = folds if len(tensors.get(f"standardize.{name}.group_mean", ())) == folds else 1
+        mean, scale = (_tensor(path, tensors, f"standardize.{name}.{p}", (sets, count, dimension))
+                       for p in ("group_mean", "group_scale"))
+        groups[name] = (mean, scale)
+    return Ensemble(architecture, labels, seeds, weights, statistics, learned_from, chosen, epochs, groups, members)
 
 
 def _tensor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
@@ -159,11 +185,12 @@ class Outputs:
     ensemble: Ensemble
     out_of_fold_best: Tensor  # (S, labelled, L) softmax by the clip's own fold's model at its best epoch
     out_of_fold_last: Tensor  # (S, labelled, L) the same at the last epoch
-    votes: Tensor  # (S, F, others, L) softmax of every fold's model at its best epoch
+    out_of_fold: Tensor  # (S, labelled, L) the same at the ensemble's epoch
+    votes: Tensor  # (S, F, others, L) softmax of every fold's model at the ensemble's epoch
     curves: Tensor  # (S, F, epochs, 3): train_loss, valid_loss, valid_waf in percent
 
 
-PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "votes", "curves")
+PREDICTIONS = ("out_of_fold_best", "out_of_fold_last", "out_of_fold", "votes", "curves")
 
 
 def curve_table(number: int, outputs: Outputs) -> pd.DataFrame:
@@ -196,11 +223,9 @@ def save_outputs(folder: Path, inputs: Inputs, outputs: Outputs, curves: pd.Data
     empty_folder(folder)
     outputs.ensemble.save(folder)
     write_tensors(folder / "predictions.safetensors", {name: getattr(outputs, name) for name in PREDICTIONS})
-    rows = np.concatenate([inputs.labelled, inputs.others])
-    clips = pd.DataFrame({"clip_id": np.array(inputs.clip_ids, dtype=object)[rows], "split": inputs.splits[rows]})
-    for name, table in (("clips.csv", clips), ("curves.csv", curves)):
-        with replacing(folder / name) as file:
-            table.to_csv(file, index=False, lineterminator="\n")
+    write_clips(folder, inputs)
+    with replacing(folder / "curves.csv") as file:
+        curves.to_csv(file, index=False, lineterminator="\n")
 
 
 def load_outputs(folder: Path) -> Outputs:

@@ -4,7 +4,7 @@ A modality's matrix is kept as (x - centre) / spread, centre and spread per dime
 in half precision once a corpus is large: 120,625 clips x 14,592 dimensions are 3.5 GB instead of 7.0. Centred
 first, half precision keeps three digits of what tells clips apart, however large a dimension's offset. It is only
 a number format: Standardised undoes it in the multiply-add that standardises for a fold, so no fold sees the
-statistics of its validation part.
+statistics of its validation part; nor does standardising by group, but for the groups that lie in it.
 """
 
 import json
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from stages.engine.errors import PipelineError
+from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, read_folds, read_manifest
+from stages.engine.params import Fusion
 from stages.engine.store import Store
 
 MODALITIES = Path("data/modalities.json")
@@ -28,8 +30,13 @@ BLOCK = 4096  # rows converted at a time
 # size with the batch they are computed in, by more in half precision: what varies less than 200 times that is not
 # standardised up to the size of what tells clips apart.
 CONSTANT = 1e-4
+# Present clips that a group must have for a mean and deviation of its own [choice]: of ten the deviation is known to a
+# quarter. Clips of smaller groups, and those of none, are standardised by the fold's training part.
+GROUP_MINIMUM = 10
 
-Statistics = dict[str, tuple[Tensor, Tensor]]  # modality -> mean (F, D), scale (F, D), float32, of raw features
+# modality -> mean and scale of raw features, float32: (F, D) by fold; by group (G, groups, D), where a scale of 0 says
+# that too few clips of the group have the modality
+Statistics = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,13 @@ class Inputs:
     """N clips in manifest order. Row numbers everywhere in the fusion count these."""
 
     clip_ids: list[str]
-    splits: np.ndarray  # (N,) str: labelled, unlabelled or test
+    splits: np.ndarray  # (N,) str: labelled, unlabelled or test; any other takes no part
     labels: np.ndarray  # (N,) int64 class, -1 unless labelled
     folds: np.ndarray  # (N,) int64, -1 unless labelled
     label_names: tuple[str, ...]
     modalities: tuple[Modality, ...]
+    groups: np.ndarray | None = None  # (N,) int64 number of the clip's group, -1: none or a small one; None: unknown
+    digests: Sequence[str] = ()  # (N,) of the clips' content, "" where unknown
 
     @property
     def fold_count(self) -> int:
@@ -71,7 +80,7 @@ class Inputs:
     @property
     def others(self) -> np.ndarray:
         """Rows of the unlabelled and test clips: the rows of the fold models' votes."""
-        return np.flatnonzero(self.splits != "labelled")
+        return np.flatnonzero(np.isin(self.splits, ("unlabelled", "test")))
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +114,14 @@ def load_inputs(modalities: Sequence[str], label_names: Sequence[str], device: s
     numbers = sum(_dimension(entries[name]) * (count if entries[name]["per_fold"] else 1) for name in modalities)
     dtype = torch.float16 if numbers * len(clips) * 4 > HALF_ABOVE else torch.float32
     loaded = (_load_modality(entries[n], clip_ids, splits == "labelled", count, dtype, device) for n in modalities)
-    return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(loaded))
+    groups, digests = number_groups([clip.group for clip in clips]), [clip.digest for clip in clips]
+    return Inputs(clip_ids, splits, labels, folds, tuple(label_names), tuple(loaded), groups, digests)
+
+
+def write_clips(folder: Path, inputs: Inputs) -> None:
+    """clips.csv: clip_id and split of the rows of predictions, labelled clips first, then the others."""
+    rows = [*inputs.labelled, *inputs.others]
+    write_rows(folder / "clips.csv", ["clip_id", "split"], [(inputs.clip_ids[row], inputs.splits[row]) for row in rows])
 
 
 def _labels_and_folds(clips: Sequence[Clip], label_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,6 +148,23 @@ def _labels_and_folds(clips: Sequence[Clip], label_names: Sequence[str]) -> tupl
             raise PipelineError(f"data/manifest.csv: found no labelled clip of class {name!r}, expected some; leave "
                                 f"the class out of corpus.labels")
     return labels, folds
+
+
+def number_groups(names: Sequence[str]) -> np.ndarray:
+    """(N,) int64: the groups of GROUP_MINIMUM clips or more, whatever their split, numbered by name; else -1."""
+    found, index, counts = np.unique(np.array(names, dtype=np.str_), return_inverse=True, return_counts=True)
+    usable = (counts >= GROUP_MINIMUM) & (found != "")
+    return np.where(usable, usable.cumsum() - 1, -1)[index]
+
+
+def group_of_digest(inputs: Inputs) -> dict[str, int]:
+    """By what a clip holds, the number of its group or -1; of the first clip where several hold the same."""
+    known: dict[str, int] = {}
+    if inputs.groups is not None:
+        for digest, number in zip(inputs.digests, inputs.groups.tolist(), strict=False):
+            if digest:
+                known.setdefault(digest, number)
+    return known
 
 
 def _load_modality(
@@ -206,17 +239,17 @@ def _read_json(path: Path) -> Any:
 # ---------------------------------------------------------------- standardisation
 
 
-def fold_statistics(inputs: Inputs, standardize: bool) -> Statistics:
+def fold_statistics(inputs: Inputs, recipe: Fusion) -> Statistics:
     """Mean and scale of each fold's training part: labelled clips of the other folds that have the modality.
 
-    Without `standardize` mean 0 and scale 1 throughout. Pseudo-labelled clips do not count: the same statistics serve
-    all rounds of self-training.
+    Mean 0 and scale 1 throughout for a modality that recipe.standardize leaves as it is. Pseudo-labelled clips do not
+    count: the same statistics serve all rounds of self-training.
     """
     statistics = {}
     for modality in inputs.modalities:
         shape = (inputs.fold_count, modality.dimension)
         mean, scale = torch.zeros(shape, device=inputs.device), torch.ones(shape, device=inputs.device)
-        for fold in range(inputs.fold_count if standardize else 0):
+        for fold in range(0 if recipe.standardized_by(modality.name) == "none" else inputs.fold_count):
             group = fold % len(modality.matrix)
             rows = torch.from_numpy(np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))).to(inputs.device)
             values = modality.matrix[group, rows[modality.present[rows]]].double()
@@ -226,16 +259,47 @@ def fold_statistics(inputs: Inputs, standardize: bool) -> Statistics:
     return statistics
 
 
-class Standardised:
-    """Clips as a fold's models are fed them: standardised by the fold's statistics, absent modalities zeros."""
+def group_statistics(inputs: Inputs, names: Sequence[str]) -> Statistics:
+    """Mean and scale of every group of clips in these modalities, over its labelled, unlabelled and test clips that are
+    present: no label is used, but a clip's features depend on what else its group holds (transductive).
 
-    def __init__(self, inputs: Inputs, statistics: Statistics, fold: int):
-        self._parts = []
+    A modality in which no group has GROUP_MINIMUM of them is left out: all its clips are standardised by the fold.
+    """
+    numbers, statistics = inputs.groups, {}
+    if numbers is None or numbers.max(initial=-1) < 0:
+        return {}
+    order, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers + 1)
+    members = np.split(order, sizes.cumsum()[:-1])[1:]  # without those of no group
+    for modality in (m for m in inputs.modalities if m.name in names):
+        shape = (len(modality.matrix), len(members), modality.dimension)
+        mean, scale = (torch.zeros(shape, device=inputs.device) for _ in range(2))
+        for number, of_group in enumerate(members):
+            rows = torch.from_numpy(of_group).to(inputs.device)
+            rows = rows[modality.present[rows]]
+            for i in range(shape[0] if len(rows) >= GROUP_MINIMUM else 0):
+                raw = modality.centre[i] + modality.spread[i] * modality.matrix[i, rows].double()
+                mean[i, number], scale[i, number] = _location_and_scale(raw)
+        if scale.any():
+            statistics[modality.name] = (mean, scale)
+    return statistics
+
+
+class Standardised:
+    """Clips as a fold's models are fed them: standardised by their group's statistics or the fold's, absent modalities
+    zeros. groups: of the modalities that are standardised by group, as group_statistics gives them.
+    """
+
+    def __init__(self, inputs: Inputs, statistics: Statistics, fold: int, groups: Statistics | None = None):
+        self._parts, self._own = [], {}
+        self._numbers = None if inputs.groups is None else torch.from_numpy(inputs.groups).to(inputs.device)
         for modality in inputs.modalities:
             group = fold % len(modality.matrix)
             mean, scale = (t[fold].to(inputs.device) for t in statistics[modality.name])
             factor, shift = modality.spread[group] / scale, (modality.centre[group] - mean) / scale
             self._parts.append((modality.name, modality.matrix[group], factor, shift))
+            if groups and modality.name in groups and self._numbers is not None:
+                own = (t[fold % len(t)].to(inputs.device) for t in groups[modality.name])
+                self._own[modality.name] = (modality.centre[group], modality.spread[group], *own)
         self._present = inputs.present
 
     def __call__(self, rows: Tensor, removed: frozenset[str] = frozenset()) -> tuple[list[Tensor], Tensor]:
@@ -249,6 +313,18 @@ class Standardised:
                 present[:, i] = False
                 features.append(factor.new_zeros(len(rows), len(factor)))
             else:
-                values = torch.addcmul(shift, matrix[rows].float(), factor)
+                kept = matrix[rows].float()
+                values = torch.addcmul(shift, kept, factor)
+                if name in self._own:
+                    values = self._by_group(name, rows, kept, values)
                 features.append(values.mul_(present[:, i, None]))
         return features, present
+
+    def _by_group(self, name: str, rows: Tensor, kept: Tensor, by_fold: Tensor) -> Tensor:
+        """(B, D): `kept`, numbers of the matrix, by each clip's group; by_fold where that has no statistics."""
+        assert self._numbers is not None
+        centre, spread, means, scales = self._own[name]
+        numbers = self._numbers[rows]
+        mean, scale = means[numbers], scales[numbers]  # of -1 the last group's, which does not count
+        own = torch.addcmul((centre - mean) / scale, kept, spread / scale)
+        return torch.where((numbers >= 0)[:, None] & (scale > 0), own, by_fold)

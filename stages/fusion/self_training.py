@@ -194,13 +194,15 @@ def pseudo_label_table(inputs: Inputs, done: Round) -> pd.DataFrame:
 def _write_round(path: Path, done: Round) -> None:
     tensors = {f"chosen.{name}": torch.from_numpy(done.chosen[name].to_numpy(copy=True)) for name in CHOSEN}
     tensors |= {name: getattr(done.outputs, name) for name in PREDICTIONS}
-    weights = {f"weights.{name}": values for name, values in done.outputs.ensemble.weights.items()}
-    write_tensors(path, {**tensors, **weights})  # its existence means done
+    ensemble = done.outputs.ensemble
+    tensors |= {f"weights.{name}": values for name, values in ensemble.weights.items()}
+    write_tensors(path, {**tensors, "epochs": torch.tensor(ensemble.epochs)})  # its existence means done
 
 
 def _read_round(path: Path, number: int, like: Ensemble) -> Round:
     """A finished round; `like` gives what all rounds share: architecture, seeds, the folds' standardisation."""
     tensors = load_file(path)
     chosen = pd.DataFrame({name: tensors[f"chosen.{name}"].numpy() for name in CHOSEN})
-    ensemble = replace(like, weights={name: tensors[f"weights.{name}"] for name in like.weights})
+    weights = {name: tensors[f"weights.{name}"] for name in like.weights}
+    ensemble = replace(like, weights=weights, epochs=tensors["epochs"].tolist())
     return Round(number, chosen, Outputs(ensemble, *(tensors[name] for name in PREDICTIONS)))

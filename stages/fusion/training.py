@@ -3,11 +3,16 @@
 Models never meet: each has its own weights, order of clips, dropout and optimiser, drawn from (seed, fold) alone, and
 is computed by one thread. So a model comes out to the same bits alone and among others, whatever the number of cores.
 
-Per model the epoch with the best validation WAF is kept; ties go to the earlier epoch.
+epoch: best     each model at its own best epoch on its validation part, ties to the earlier [paper]
+       common   all folds of a seed at the one epoch with the best mean validation WAF, ties to the earlier [choice]
+       last     all at the last one
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from math import fsum
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,36 +25,53 @@ from stages.engine.params import Fusion
 from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble, Outputs, lane_count
-from stages.fusion.features import Inputs, Standardised, Statistics, fold_statistics
+from stages.fusion.features import (
+    Inputs,
+    Standardised,
+    Statistics,
+    fold_statistics,
+    group_of_digest,
+    group_statistics,
+)
 
 
 def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outputs:
-    """Train len(recipe.seeds) x folds models on `inputs` with its modalities; the ensemble of each model at its best
-    epoch then predicts the unlabelled and test clips, once.
+    """Train len(recipe.seeds) x folds models on `inputs` with its modalities; the ensemble of each model at the epoch
+    that recipe.epoch asks for then predicts the unlabelled and test clips, once.
 
     labels: (S, N) int64, the class that seed s learns for each clip, -1 for none: the labelled clips' classes,
     and pseudo-labels. name: what the progress bar shows.
     """
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
-    statistics = fold_statistics(inputs, recipe.standardize)
-    trainings = fit(inputs, recipe, labels, statistics, models, name)
-    best, last = (torch.empty(shape[0], len(inputs.labels), len(inputs.label_names)) for _ in range(2))
+    statistics, groups = fold_statistics(inputs, recipe), group_statistics(inputs, recipe.by_group)
+    feeds = [Standardised(inputs, statistics, fold, groups) for fold in range(inputs.fold_count)]
+    trainings = fit(inputs, recipe, labels, feeds, models, name)
+    best, last, own = (torch.empty(shape[0], len(inputs.labels), len(inputs.label_names)) for _ in range(3))
     for (s, _), training in zip(models, trainings, strict=True):
         best[s, training.valid], last[s, training.valid] = training.best_softmax, training.softmax
-    weights = {name: torch.stack([training.best[name] for training in trainings]).unflatten(0, shape).cpu()
-               for name in trainings[0].best}
+        own[s, training.valid] = training.kept.softmax
+    weights = {name: torch.stack([training.kept.weights[name] for training in trainings]).unflatten(0, shape).cpu()
+               for name in trainings[0].kept.weights}
     ensemble = Ensemble(
         architecture_of(inputs, recipe),
         inputs.label_names,
         tuple(recipe.seeds),
         weights,
-        {key: (mean.cpu(), scale.cpu()) for key, (mean, scale) in statistics.items()},
+        on_cpu(statistics),
         {modality.name: modality.source for modality in inputs.modalities},
+        recipe.epoch,
+        np.reshape([training.kept.epoch for training in trainings], shape).tolist(),
+        on_cpu(groups),
+        group_of_digest(inputs) if groups else {},
     )
     curves = torch.stack([torch.tensor(training.curve) for training in trainings]).unflatten(0, shape)
     votes, rows = ensemble.predict(inputs, inputs.others), inputs.labelled
-    return Outputs(ensemble, best[:, rows], last[:, rows], votes, curves)
+    return Outputs(ensemble, best[:, rows], last[:, rows], own[:, rows], votes, curves)
+
+
+def on_cpu(statistics: Statistics) -> Statistics:
+    return {name: (mean.cpu(), scale.cpu()) for name, (mean, scale) in statistics.items()}
 
 
 def architecture_of(inputs: Inputs, recipe: Fusion) -> Architecture:
@@ -63,13 +85,18 @@ def fit(
     inputs: Inputs,
     recipe: Fusion,
     labels: np.ndarray,
-    statistics: Statistics,
+    feeds: Sequence[Standardised],
     models: Sequence[tuple[int, int]],
     name: str,
 ) -> list["Training"]:
-    """Train the models (position of the seed, fold), epoch by epoch in turns, so that five keep two cores busy."""
-    feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
+    """Train the models (position of the seed, fold), epoch by epoch in turns, so that five keep two cores busy.
+
+    feeds: what the models of each fold are fed. With recipe.epoch `common` the models of one seed share an epoch.
+    """
     trainings = [Training(inputs, recipe, labels[s], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
+    if recipe.epoch == "common":
+        for seed in {s for s, _ in models}:
+            share_epoch([training for (s, _), training in zip(models, trainings, strict=True) if s == seed])
     turns = recipe.epochs * trainings
     with (
         tqdm(total=len(turns), desc=name, unit="epoch", mininterval=1, leave=False) as bar,
@@ -86,6 +113,52 @@ def fit(
     return trainings
 
 
+class Kept(NamedTuple):
+    """A model as it was after an epoch."""
+
+    epoch: int  # from 1
+    weights: dict[str, Tensor]
+    softmax: Tensor  # (V, L) of its validation part, CPU
+
+
+class Choice:
+    """Which epoch a group of models keeps: the one with the best mean validation WAF, ties to the earlier.
+
+    A model that is ahead of the others waits for none of them: what it was like is kept until all have come as far,
+    and no longer than the epoch can still become the best. A group of one keeps its own best epoch.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.lock, self.waf = size, Lock(), -1.0
+        self.wafs: dict[int, list[float]] = defaultdict(list)  # by epoch, of the models that have finished it
+        self.pending: dict[int, dict[Training, Kept]] = defaultdict(dict)
+
+    def offer(self, model: "Training", waf: float) -> None:
+        """`model` has finished an epoch with this WAF, in percent; its weights are copied if they may be wanted."""
+        epoch = len(model.curve)
+        with self.lock:
+            found = self.wafs[epoch]
+            found.append(waf)
+            missing = self.size - len(found)
+            possible = fsum([*found, 100.0 * missing]) / self.size  # fsum: whichever model came first
+            if possible > self.waf:
+                weights = {name: values.clone() for name, values in model.model.state_dict().items()}
+                self.pending[epoch][model] = Kept(epoch, weights, model.softmax)
+            else:
+                self.pending.pop(epoch, None)
+            if not missing:
+                for member, kept in self.pending.pop(epoch, {}).items():
+                    member.kept, self.waf = kept, possible
+                del self.wafs[epoch]
+
+
+def share_epoch(trainings: Sequence["Training"]) -> None:
+    """Let these models, which have not begun, keep one epoch that all of them share."""
+    choice = Choice(len(trainings))
+    for training in trainings:
+        training.choice = choice
+
+
 class Training:
     """One model, trained epoch by epoch.
 
@@ -95,24 +168,32 @@ class Training:
 
     def __init__(self, inputs: Inputs, recipe: Fusion, labels: np.ndarray, feed: Standardised, seed: int, fold: int):
         device = inputs.device
-        words = np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3)
-        initial, order, dropout = (int(word) for word in words)
+        words = np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(5)  # the first three as without the rest
+        initial, order, dropout, noise, mixing = (int(word) for word in words)
         self.order = torch.Generator().manual_seed(order)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(initial)
             self.model = architecture_of(inputs, recipe).build(torch.Generator(device).manual_seed(dropout)).to(device)
-        self.adam = torch.optim.Adam(self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay,
-                                     fused=True)
+        optimizer = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = optimizer(self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay,
+                                   fused=True)
         self.feed, self.batch, self.lock = feed, recipe.batch_size, Lock()
         self.classes = torch.from_numpy(labels).to(device)
         self.rows = torch.from_numpy(np.flatnonzero((labels >= 0) & (inputs.folds != fold)))
         self.valid = torch.from_numpy(np.flatnonzero(inputs.folds == fold))
-        self.best: dict[str, Tensor] = {}
-        self.best_waf = -1.0
+        self.noise = (recipe.feature_noise, torch.Generator(device).manual_seed(noise))
+        self.mixup = (recipe.mixup, np.random.default_rng(mixing))
+        self.smoothing, self.weights = recipe.label_smoothing, None
+        if recipe.class_weights == "balanced":
+            counts = torch.bincount(torch.from_numpy(labels)[self.rows], minlength=len(inputs.label_names))
+            self.weights = (len(self.rows) / (len(counts) * counts.clamp(min=1))).to(device)
+        self.last = recipe.epochs if recipe.epoch == "last" else 0  # 0: `choice` decides what is kept
+        self.choice, self.kept = Choice(1), Kept(0, {}, torch.empty(0))
+        self.best_waf, self.best_softmax = -1.0, torch.empty(0)
         self.curve: list[tuple[float, float, float]] = []  # per epoch train_loss, valid_loss, valid_waf in percent
 
     def run_epoch(self) -> None:
-        """Train on every clip once, validate, and keep the model if it is the best so far."""
+        """Train on every clip once, validate, and keep the model if this is the epoch to keep so far."""
         with self.lock:  # where there are fewer models than cores, the next epoch waits for this one
             loss = self._learn()
             logits = self._validate()
@@ -122,7 +203,10 @@ class Training:
             self.curve.append((loss, float(cross_entropy(logits, actual)), waf))
             if waf > self.best_waf:
                 self.best_waf, self.best_softmax = waf, self.softmax
-                self.best = {name: values.clone() for name, values in self.model.state_dict().items()}
+            if not self.last:
+                self.choice.offer(self, waf)
+            elif len(self.curve) == self.last:
+                self.kept = Kept(self.last, self.model.state_dict(), self.softmax)
 
     def _learn(self) -> float:
         """One pass over the training part in a new order; the mean loss."""
@@ -130,13 +214,36 @@ class Training:
         total = torch.zeros((), device=self.classes.device)
         shuffled = self.rows[torch.randperm(len(self.rows), generator=self.order)].to(total.device)
         for rows in shuffled.split(self.batch):
-            logits, _ = self.model(*self.feed(rows))
-            loss = cross_entropy(logits, self.classes[rows])
-            self.adam.zero_grad()
+            loss = self.train_loss(*self.feed(rows), self.classes[rows])
+            self.optimizer.zero_grad()
             loss.backward()
-            self.adam.step()
+            self.optimizer.step()
             total += loss.detach() * len(rows)  # read once an epoch: reading makes a GPU wait
         return float(total) / len(self.rows)
+
+    def train_loss(self, features: list[Tensor], present: Tensor, classes: Tensor) -> Tensor:
+        """The batch's loss, after noise and mixup on its features, (B, D) each; `features` may be overwritten.
+
+        Mixup (Zhang et al. 2018): every clip is mixed with another of the batch, features and label distributions
+        alike, by one share per batch; the loss is linear in the distribution, so the losses are mixed. An absent
+        modality counts as the average clip, and the mixture has it if either has.
+        """
+        deviation, generator = self.noise
+        if deviation:
+            for i, x in enumerate(features):
+                noise = torch.randn(x.shape, device=x.device, generator=generator)
+                x.add_(noise.mul_(present[:, i, None]), alpha=deviation)
+        alpha, mixing = self.mixup
+        if not alpha:
+            return self._cross_entropy(self.model(features, present)[0], classes)
+        share, other = float(mixing.beta(alpha, alpha)), torch.from_numpy(mixing.permutation(len(classes)))
+        other = other.to(classes.device)
+        logits, _ = self.model([x[other].lerp(x, share) for x in features], present | present[other])
+        return (share * self._cross_entropy(logits, classes)
+                + (1 - share) * self._cross_entropy(logits, classes[other]))
+
+    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        return cross_entropy(logits, classes, weight=self.weights, label_smoothing=self.smoothing)
 
     @torch.inference_mode()
     def _validate(self) -> Tensor:

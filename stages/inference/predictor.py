@@ -1,7 +1,8 @@
 """New clips through the pipeline's own parts: decoding, encoders, pooling and the trained ensemble of fold models."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from stages.engine.work import Input
 from stages.engine.workers import Workers
 from stages.evaluation.calibration import tempered
 from stages.fusion.ensemble import Ensemble, load_ensemble
-from stages.fusion.features import Inputs, Modality
-from stages.inference.clips import name_of
+from stages.fusion.features import GROUP_MINIMUM, Inputs, Modality, group_statistics
+from stages.inference.clips import digest_of, name_of
 from stages.inference.media import Decoding, media_functions
 from stages.inference.texts import Texts, find_texts
 from stages.inference.trained import Trained
@@ -40,7 +41,8 @@ class Prediction:
 
 
 def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, str]) -> Iterator[Prediction]:
-    """Every clip's prediction, in order, each chunk of clips as soon as it is through; `given` are transcripts.
+    """Every clip's prediction, in order, each chunk of clips as soon as it is through; `given` are transcripts. Models
+    with modalities that are standardised by group predict when all clips are through: see `grouped`.
 
     Raises PipelineError for what is wrong with the models or the machine; a clip that can't be used is a Prediction.
     """
@@ -53,6 +55,7 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
         texts = find_texts(trained, clips, given, workers)
         ensemble, temperature = load_ensemble(trained.ensemble), trained.temperature()
         encoders = open_encoders(trained, device)
+        found: list[Encoded] = []  # of ensembles with groups all clips, whose common mean is known at the end
         for part, media in decoding:
             features = {}
             for name, encoder in encoders.items():
@@ -61,9 +64,24 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
                     row_inputs(medium, media[medium], p.audio.sample_rate) if medium in media
                     else [Input(name_of(clip), texts.item(clip, medium), b"") for clip in part]
                 )
-            yield from fuse(ensemble, temperature, part, media, features, texts, device)
+            said = [reasons({name: rows[i].reason for name, rows in {**media, **features}.items()})
+                    for i in range(len(part))]
+            pooled = {name: [replace(row, values=None) for row in rows] for name, rows in features.items()}
+            found.append(Encoded(part, pooled, said))
+            if not ensemble.groups:
+                yield from fuse(ensemble, temperature, [found.pop()], texts, device)
+        yield from fuse(ensemble, temperature, found, texts, device)
     finally:
         workers.close()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A chunk of clips as encoders leave it."""
+
+    clips: Sequence[Source]
+    features: Mapping[str, Sequence[Row]]  # by modality, a row for each clip
+    reasons: Sequence[str]  # what is amiss with each clip
 
 
 def no_prediction(trained: Trained, clip: Source, reason: str) -> Prediction:
@@ -88,16 +106,17 @@ def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
 
 
 def fuse(
-    ensemble: Ensemble,
-    temperature: float,
-    clips: Sequence[Source],
-    media: Mapping[str, Sequence[Row]],
-    features: Mapping[str, Sequence[Row]],
-    texts: Texts,
-    device: str,
+    ensemble: Ensemble, temperature: float, parts: Sequence[Encoded], texts: Texts, device: str
 ) -> Iterator[Prediction]:
-    """The ensemble's predictions for one chunk of clips."""
+    """The ensemble's predictions for chunks of clips, which are all that a new group consists of."""
+    clips, said = ([x for part in parts for x in getattr(part, key)] for key in ("clips", "reasons"))
+    if not clips:
+        return
+    names = ensemble.architecture.modalities
+    features = {name: [row for part in parts for row in part.features[name]] for name in names}
     inputs = fusion_inputs(ensemble, [name_of(clip) for clip in clips], features, device)
+    if ensemble.groups:
+        ensemble, inputs = grouped(ensemble, inputs, clips)
     softmax, scores = ensemble.predict_with_attention(inputs, np.arange(len(clips)))
     mean, attention = softmax.mean(dim=1).mean(dim=0), scores.mean(dim=(0, 1)).numpy()
     votes = (softmax.argmax(dim=-1) == mean.argmax(dim=-1)).sum(dim=(0, 1)).tolist()
@@ -113,7 +132,7 @@ def fuse(
             tuple(present[i].tolist()),
             texts.transcript(clip),
             texts.ranking(clip),
-            reasons({name: rows[i].reason for name, rows in {**media, **features}.items()}),
+            said[i],
         )
 
 
@@ -134,6 +153,31 @@ def fusion_inputs(
     modalities = tuple(_modality(ensemble, name, features[name], device) for name in ensemble.architecture.modalities)
     nowhere = np.full(count, -1)
     return Inputs(clip_ids, np.full(count, "test"), nowhere, nowhere, ensemble.label_names, modalities)
+
+
+def grouped(ensemble: Ensemble, inputs: Inputs, clips: Sequence[Source]) -> tuple[Ensemble, Inputs]:
+    """Every clip's group: the corpus's own clips, known by what they hold, are in the group that they were trained in;
+    all others make one further group [choice], whose mean and deviation the ensemble is given, and stderr tells of.
+    """
+    new = ensemble.group_count
+    present = inputs.present.any(dim=1).tolist()
+    numbers = np.array([ensemble.members.get(digest_of(clip), new) if here else -1
+                        for clip, here in zip(clips, present, strict=True)])
+    inputs = replace(inputs, groups=np.where(numbers == new, 0, -1))
+    found = group_statistics(inputs, list(ensemble.groups))
+    statistics = {}
+    for name, own in ensemble.groups.items():
+        mean, scale = found.get(name) or (torch.zeros_like(t[:, :1]) for t in own)  # a scale of 0: by the fold
+        statistics[name] = (torch.cat([own[0], mean.cpu()], dim=1), torch.cat([own[1], scale.cpu()], dim=1))
+    if count := int((numbers == new).sum()):
+        names = ", ".join(ensemble.groups)
+        print(f"predict: {count} clips that the corpus does not have count as one group, by whose mean and deviation "
+              f"{names} are standardised: give those of one group (one speaker, as the corpus has it) at a time"
+              if found else
+              f"warning: predict: {count} clips that the corpus does not have are too few for a mean of their own: "
+              f"{names} are standardised by the training part, which the models know little of; give {GROUP_MINIMUM} "
+              f"or more of one group (one speaker, as the corpus has it) at a time", file=sys.stderr)
+    return replace(ensemble, groups=statistics), replace(inputs, groups=numbers)
 
 
 def _modality(ensemble: Ensemble, name: str, rows: Sequence[Row], device: str) -> Modality:
