@@ -53,10 +53,12 @@ def fabricate(root: Path, confidence: float = 3.0, frames: bool = True, seed: in
         order.to_csv(folder / "clips.csv", index=False)
         save_file({"out_of_fold_best": softmax(actual[labelled], SEEDS),
                    "out_of_fold_last": softmax(actual[labelled], SEEDS),
+                   "out_of_fold": softmax(actual[labelled], SEEDS),
                    "votes": softmax(actual[~labelled], SEEDS, FOLDS)}, folder / "predictions.safetensors")
         (folder / "ensemble.json").write_text(json.dumps({
             "modalities": [{"name": "hubert", "dimension": 4}, {"name": "emovclip", "dimension": 3}],
-            "hidden": 8, "dropout": 0.3, "labels": LABELS, "folds": FOLDS, "seeds": SEEDS}))
+            "hidden": 8, "dropout": 0.3, "labels": LABELS, "folds": FOLDS, "seeds": SEEDS,
+            "epoch": {"chosen": "best"}, "by_group": {"modalities": []}}))
     order.to_csv(root / "models/baselines/clips.csv", index=False)
     majority = np.full(len(clips), 0.5 / 5, np.float32)[:, None] * np.ones(6, np.float32)
     majority[:, 0] = 0.5

@@ -20,18 +20,21 @@ BASELINES = ("majority", "logistic_regression")  # what the stage baselines pred
 
 @dataclass(frozen=True)
 class Predictions:
-    """Softmax outputs of one ensemble of S seeds x F folds."""
+    """Softmax outputs of one ensemble of S seeds x F folds, whose models stand at the epoch of fusion.epoch."""
 
-    labelled: list[str]      # clip ids of the rows of best and last
+    labelled: list[str]      # clip ids of the rows of best, last and own
     others: list[str]        # clip ids, unlabelled and test, of the rows of votes
     best: np.ndarray         # (S, labelled, L) by the clip's own fold's model at that fold's best epoch
     last: np.ndarray         # (S, labelled, L) the same at the last epoch
-    votes: np.ndarray        # (S, F, others, L) every fold's model at its best epoch
+    own: np.ndarray          # (S, labelled, L) the same at the ensemble's epoch
+    votes: np.ndarray        # (S, F, others, L) every fold's model at the ensemble's epoch
+    epoch: str               # fusion.epoch: best, common or last
 
     @property
     def out_of_fold(self) -> np.ndarray:
-        """(S, labelled, L) what is scored out of fold: at the last epoch, which nobody picked."""
-        return self.last
+        """(S, labelled, L) what is scored out of fold: at the ensemble's epoch, or at the last one where each fold's
+        model stands at the epoch that is best on the very clips that would be scored."""
+        return self.last if self.epoch == "best" else self.own
 
     @property
     def by_seed(self) -> np.ndarray:
@@ -71,6 +74,7 @@ class Run:
     skipped: pd.DataFrame              # reports/skipped.csv
     duplicates: pd.DataFrame           # data/duplicates.csv
     modalities: list[str]
+    by_group: list[str]                # those of them that are standardised by group
     leaky: bool                        # some encoder has learned from every fold's labels
 
     @property
@@ -107,8 +111,8 @@ def read_run(labels: list[str]) -> Run:
     rounds_path = Path("models/self_training/rounds.safetensors")
     test = int((manifest["split"] == "test").sum())
     probabilities = _tensor(rounds_path, "test_probabilities", (None, len(final.best), test, len(labels)))
-    modalities = json.loads(read_text(Path("models/self_training/ensemble.json")))["modalities"]
-    names = [modality["name"] for modality in modalities]
+    ensemble = json.loads(read_text(Path("models/self_training/ensemble.json")))
+    names = [modality["name"] for modality in ensemble["modalities"]]
     sources = json.loads(read_text(Path("data/modalities.json")))["modalities"]
     return Run(
         labels=labels,
@@ -127,6 +131,7 @@ def read_run(labels: list[str]) -> Run:
         skipped=read_csv(Path("reports/skipped.csv"), text=True),
         duplicates=read_duplicates(),
         modalities=names,
+        by_group=ensemble["by_group"]["modalities"],
         leaky=any(m["leaky"] for m in sources if m["name"] in names),
     )
 
@@ -139,8 +144,10 @@ def read_predictions(folder: Path, manifest: pd.DataFrame, classes: int) -> Pred
     path = folder / "predictions.safetensors"
     best = _tensor(path, "out_of_fold_best", (None, len(labelled), classes))
     last = _tensor(path, "out_of_fold_last", (len(best), len(labelled), classes))
+    own = _tensor(path, "out_of_fold", (len(best), len(labelled), classes))
     votes = _tensor(path, "votes", (len(best), None, len(others), classes))
-    return Predictions(labelled, others, best, last, votes)
+    epoch = json.loads(read_text(folder / "ensemble.json"))["epoch"]["chosen"]
+    return Predictions(labelled, others, best, last, own, votes, epoch)
 
 
 def check_clips(path: Path, expected: list[str]) -> None:

@@ -30,7 +30,6 @@ from stages.evaluation.calibration import BINS, calibration_error, fit_temperatu
 from stages.evaluation.protocol import protocol_of, units, words
 from stages.evaluation.warnings import warnings
 
-DECIMALS = 1  # of metrics.json: thirteen columns then fit `dvc metrics show` into 100; the intervals are wider by far
 SUBMISSION_NAMES = {"anger": "angry", "happiness": "happy", "sadness": "sad", "worry": "worried"}  # MER's spelling
 
 
@@ -64,26 +63,31 @@ def details(run: Run, p: FusionParams) -> dict[str, Any]:
 
 
 def headline(figures: dict[str, Any]) -> dict[str, Any]:
-    """The content of metrics.json from that of details.json; what is not known is left out."""
+    """The content of metrics.json from that of details.json; what is not known is left out.
+
+    Cross-validation is that of round 0 where after self-training it is void. WAF has two decimals, as the paper prints
+    it; one of the others, and names of two to five letters, keep `dvc metrics show` within 100 columns.
+    """
     lead = figures[figures["lead"]["models"]][figures["lead"]["on"]]
-    final, round0 = figures["final"], figures["round0"]
-    on = "test" if "test" in final else "out_of_fold"
-    values = {
-        "test": final[on]["waf"] if on == "test" else None,
-        "low": lead["interval"][0],
-        "high": lead["interval"][1],
+    cv = figures["round0" if figures["void"] else "final"]
+    on = "test" if "test" in figures["final"] else "out_of_fold"
+    found = {
+        "test": figures["final"].get("test", {}).get("waf"),
+        "lo": lead["interval"][0],
+        "hi": lead["interval"][1],
         "acc": lead["accuracy"],
         "uar": lead["uar"],
-        "last": final["last_epoch"]["waf"],
-        "oof": final["out_of_fold"]["waf"],
-        "best": final["best_epoch"]["waf"],
-        "r0": round0[on]["waf"] if on == "test" else None,
-        "r0cv": round0["out_of_fold"]["waf"],
+        "last": cv["last_epoch"]["waf"],
+        "oof": cv["out_of_fold"]["waf"],
+        "best": cv["best_epoch"]["waf"],
+        "r0": figures["round0"][on]["waf"],
         "logr": figures["logistic_regression"][on]["waf"],
     }
-    short = {name: round(value, DECIMALS) for name, value in values.items() if value is not None}
-    short = {name: 100 if value == 100 else value for name, value in short.items()}  # 100.0 is a character wider
-    return short | {"leaky": figures["leaky"], "trans": bool(figures["transductive"])}
+    short = {name: round(value, 1 if name in ("lo", "hi", "acc", "uar") else 2)
+             for name, value in found.items() if value is not None}
+    flags = {(False, False): "none", (True, False): "leaky", (False, True): "trans", (True, True): "both"}
+    return {**{name: 100 if value == 100 else value for name, value in short.items()},  # 100.0 is wider than 99.9
+            "flags": flags[figures["leaky"], bool(figures["transductive"])]}
 
 
 def scored(run: Run, block: str) -> tuple[np.ndarray, list[str]]:
@@ -142,7 +146,7 @@ def by_fold(run: Run, predictions: Predictions) -> dict[str, dict[str, Any]]:
 
 def calibration_sets(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(probabilities (N, L), classes) of the seeds' mean: out of fold at the ensemble's epoch, and known test clips."""
-    sets = {"out_of_fold": (run.final.best.mean(axis=0), run.actual)}
+    sets = {"out_of_fold": (run.final.own.mean(axis=0), run.actual)}
     if (known := run.known("test")).size:
         sets["test"] = run.final.ensemble[known], run.truth[known]
     return sets

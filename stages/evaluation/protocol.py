@@ -49,34 +49,19 @@ def protocol_of(run: Run, p: FusionParams) -> Protocol:
     if taught and run.self_trained:
         transductive.append(f"pseudo-labels put {len(taught)} of {run.split('test').size} test clips, without their "
                             f"labels, into training (self_training.include_test)")
-    if by_group(p) and run.split("test").size:
-        transductive.append("features are standardised by group over test clips too (fusion.standardize: group)")
+    if run.by_group and run.split("test").size:
+        transductive.append(f"{', '.join(run.by_group)}: features are standardised by group, with the other test clips "
+                            f"of a clip's group (fusion.standardize: group)")
     return Protocol(run.leaky, run.self_trained and voters == "ensemble", transductive)
 
 
-def standards(p: FusionParams) -> dict[str, str]:
-    """How each modality's features are standardised: none, fold or group."""
-    asked: Any = p.fusion.standardize
-    if isinstance(asked, bool):
-        asked = "fold" if asked else "none"
-    return asked if isinstance(asked, dict) else dict.fromkeys(p.fusion.modalities, asked)
-
-
-def by_group(p: FusionParams) -> bool:
-    return "group" in standards(p).values()
-
-
-def standardisation(p: FusionParams) -> str:
-    """The same in words."""
-    asked = standards(p)
+def standardisation(run: Run, p: FusionParams) -> str:
+    """How the features are standardised, in words."""
+    asked = {name: p.fusion.standardized_by(name) for name in run.modalities}
+    asked |= {name: "fold" for name, how in asked.items() if how == "group" and name not in run.by_group}  # no groups
     if len(set(asked.values())) == 1:
-        return STANDARDS[next(iter(asked.values()))]
-    return "; ".join(f"{name} {STANDARDS[how]}" for name, how in asked.items())
-
-
-def epoch_of(p: FusionParams) -> str:
-    """At which epoch the models that vote on test and unlabelled clips are taken."""
-    return EPOCHS[getattr(p.fusion, "epoch", "best")]
+        return STANDARDS[asked[run.modalities[0]]]
+    return "; ".join(f"{name}: {STANDARDS[how]}" for name, how in asked.items())
 
 
 def units(groups: Any) -> str:
@@ -94,11 +79,13 @@ def words(run: Run, p: FusionParams, found: Protocol, models: str, what: str) ->
     models: final, round0 or one of BASELINES. what: test, unlabelled, out_of_fold, last_epoch or best_epoch.
     """
     seeds, folds = run.final.votes.shape[:2]
-    over = f"mean over {seeds} seed{'s' * (seeds > 1)}"
+    over = f"{seeds} seed{'s' * (seeds > 1)}"
     model = BASELINES.get(models, "each fold's model")
-    when = f" {epoch_of(p)}" if models not in BASELINES else ""
+    when = f" {EPOCHS[run.final.epoch]}" if models not in BASELINES else ""
+    scored = "" if models in BASELINES else f", {EPOCHS['last' if run.final.epoch == 'best' else run.final.epoch]}"
     if what in ("test", "unlabelled"):
-        text = f"{run.known(what).size} {what} clips; {model}{when}, the {folds} folds' probabilities averaged; {over}."
+        text = f"{run.known(what).size} {what} clips; {model}{when}, the {folds} folds' probabilities averaged; "
+        text += f"mean over {over}."
         if models in BASELINES:
             return f"{text} It has seen nothing of them."
         if what == "test":
@@ -108,11 +95,11 @@ def words(run: Run, p: FusionParams, found: Protocol, models: str, what: str) ->
         return text + (" Some of them were trained on, with pseudo-labels." if taught else "")
     text = {
         "out_of_fold": f"{len(run.actual)} labelled clips at once, each by the model of its own fold, which has not "
-                       f"trained on it{', at the last epoch' if models not in BASELINES else f': {model}'}; {over}.",
-        "last_epoch": f"each fold's WAF on its validation part at the last epoch, mean over folds, {over}; no epoch "
+                       f"trained on it{scored or f': {model}'}; mean over {over}.",
+        "last_epoch": f"each fold's WAF on its validation part at the last epoch, mean over folds and {over}; no epoch "
                       f"was picked.",
         "best_epoch": f"each fold's WAF on its validation part at the epoch that is best on that same part, mean over "
-                      f"folds, {over}: optimistic. The paper's Train&Val.",
+                      f"folds and {over}: optimistic. The paper's Train&Val.",
     }[what]
     if found.leaky:
         text += " Leaky: an encoder has learned from these clips' labels."

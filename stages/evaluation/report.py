@@ -72,7 +72,7 @@ def render_report(run: Run, p: FusionParams, details: dict[str, Any], prediction
                    "round0": "fusion" + (", before self-training" if run.self_trained else ""),
                    "final": "fusion, after self-training"},
         places=[name for name in PLACES if name in details["final"]], place_names=PLACES,
-        standardisation=protocol.standardisation(p), epoch=protocol.epoch_of(p), bins=BINS,
+        standardisation=protocol.standardisation(run, p), epoch=protocol.EPOCHS[run.final.epoch], bins=BINS,
         warnings=details["warnings"],
         scripts=[Markup(script) for script in (bundle, DRAW)],
         hashes=[script_hash(script) for script in (bundle, DRAW)],

@@ -121,10 +121,11 @@ def pseudo_labelling(run: Run, p: FusionParams) -> list[str]:
     last = int(run.rounds["round"].max())
     if last < asked:
         found.append(f"Self-training stopped after round {last} of {asked}: no candidate was left.")
-    for label in run.labels:
-        added = run.rounds.loc[run.rounds["round"] > 0, f"added_{label}"]
-        if (short := int((added < k).sum())):
-            found.append(f"{short} of {len(added)} rounds added fewer than k = {k} clips of {label}.")
+    added = run.rounds.loc[run.rounds["round"] > 0, [f"added_{label}" for label in run.labels]]
+    short = (added < k).sum().tolist()
+    if any(short):
+        named = ", ".join(f"{label} in {count}" for label, count in zip(run.labels, short, strict=True) if count)
+        found.append(f"Of {len(added)} rounds some added fewer than k = {k} clips of a class: {named}.")
     return found
 
 
