@@ -26,6 +26,7 @@ def main() -> None:
     from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import cross_validation, curve_table, load_outputs, save_outputs
     from stages.fusion.features import load_inputs
+    from stages.fusion.pretrained import load_pretrained
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device, segments_read(p.fusion))
     set_threads(True)  # models are computed side by side, each by one thread
@@ -42,7 +43,8 @@ def main() -> None:
     in_use = self_training.no_pseudo_labels()
     rows, pseudo_labels, curves, test_probabilities = [], [], [], []
     selected, best = start, -1.0
-    for done in self_training.self_train(inputs, p.fusion, p.self_training, start, folder):
+    for done in self_training.self_train(inputs, p.fusion, p.self_training, start, folder,
+                                         load_pretrained(p.pretraining.method)):
         in_use = self_training.pseudo_labels_in_use(p.self_training, in_use, done.chosen)
         rows.append(self_training.round_row(inputs, p.self_training, done, in_use))
         pseudo_labels.append(self_training.pseudo_label_table(inputs, done))

@@ -16,12 +16,13 @@ def main() -> None:
     from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import cross_validation, curve_table, save_outputs
     from stages.fusion.features import load_inputs
+    from stages.fusion.pretrained import load_pretrained
     from stages.fusion.training import train
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device, segments_read(p.fusion))
     set_threads(True)  # models are computed side by side, each by one thread
     labels = np.tile(inputs.labels, (len(p.fusion.seeds), 1))
-    outputs = train(inputs, p.fusion, labels, "train_fusion")
+    outputs = train(inputs, p.fusion, labels, "train_fusion", load_pretrained(p.pretraining.method))
     save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
     figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
     counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.parameters_per_model}

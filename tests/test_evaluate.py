@@ -18,7 +18,7 @@ from stages import evaluate, gather_features, self_train, train_fusion
 from stages.engine.files import write_rows
 from stages.fusion.features import Modality
 
-STAGES = ("gather_features", "train_fusion", "self_train", "evaluate")
+STAGES = ("gather_features", "pretrain_fusion", "train_fusion", "self_train", "evaluate")
 LABELS = {
     2: ("no", "yes"),
     4: fusion_data.LABELS,

@@ -193,6 +193,14 @@ class Fusion(Section):
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
 
 
+class Pretraining(Section):
+    method: Literal["off", "contrastive"]
+    epochs: Positive
+    temperature: PositiveFloat
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: PositiveFloat
+
+
 class SelfTraining(Section):
     rounds: NonNegative
     k: Positive
@@ -236,6 +244,7 @@ class FusionParams(Section):
     corpus: Labels
     folds: Folds
     fusion: Fusion
+    pretraining: Pretraining
     self_training: SelfTraining
     evaluate: Evaluate
     runtime: Device

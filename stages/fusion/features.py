@@ -253,7 +253,7 @@ class Standardised:
     """Clips as a fold's models are fed them: standardised by the fold's statistics, absent modalities zeros."""
 
     def __init__(self, inputs: Inputs, statistics: Statistics, fold: int):
-        self._parts = []
+        self.device, self._parts = inputs.device, []
         for modality in inputs.modalities:
             group = fold % len(modality.matrix)
             mean, scale = (t[fold].to(inputs.device) for t in statistics[modality.name])

@@ -3,7 +3,7 @@
 Round 0 is models/fusion. In round r each seed's ensemble of folds predicts the pool (the unlabelled clips and, as
 the paper has it, the test clips without their labels); of the clips that it predicts as a class, the k with the highest
 probability join the training part of every fold of that seed, never a validation part. Then all models start again from
-their first weights.
+their first weights (their encoders from the pre-trained ones, where there are).
 
 pool: accumulate   the k are chosen among the clips not yet taken, and keep their label for good [paper]
       redraw       round r chooses r * k per class afresh from the whole pool, so that a wrong one can be dropped
@@ -29,6 +29,7 @@ from stages.engine.files import write_tensors
 from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.ensemble import PREDICTIONS, Ensemble, Outputs, cross_validation
 from stages.fusion.features import Inputs
+from stages.fusion.pretrained import Pretrained
 from stages.fusion.training import train
 
 CHOSEN = {"seed": "int64", "row": "int64", "label": "int64", "confidence": "float32", "agreement": "int64"}
@@ -48,17 +49,20 @@ def no_pseudo_labels() -> pd.DataFrame:
     return pd.DataFrame({name: np.zeros(0, dtype) for name, dtype in CHOSEN.items()})
 
 
-def self_train(inputs: Inputs, fusion: Fusion, p: SelfTraining, start: Outputs, folder: Path) -> Iterator[Round]:
+def self_train(
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, start: Outputs, folder: Path, pretrained: Pretrained | None = None
+) -> Iterator[Round]:
     """Yield round 0, which `start` is, and the rounds after it, until p.rounds or until nothing new is chosen.
 
     folder: where finished rounds are kept and picked up; it must belong to these inputs and parameters alone.
+    pretrained: what the encoders start from, in every round.
     """
     current, taken = Round(0, no_pseudo_labels(), start), no_pseudo_labels()
     yield current
     candidates = pool_rows(inputs, p.include_test)
     if p.rounds == 0 or not len(candidates):
         return
-    opinions = _unimodal_opinions(inputs, fusion, folder) if p.agreement else None
+    opinions = _unimodal_opinions(inputs, fusion, folder, pretrained) if p.agreement else None
     for number in range(1, p.rounds + 1):
         path = folder / f"round-{number:02d}.safetensors"
         if path.exists():
@@ -67,7 +71,7 @@ def self_train(inputs: Inputs, fusion: Fusion, p: SelfTraining, start: Outputs, 
             chosen = choose(inputs, candidates, current.outputs.votes, opinions, taken, number, p)
             if _same(chosen, taken) or not len(chosen):
                 return
-            current = _train_round(inputs, fusion, p, number, taken, chosen)
+            current = _train_round(inputs, fusion, p, number, taken, chosen, pretrained)
             _write_round(path, current)
         taken = pseudo_labels_in_use(p, taken, current.chosen)
         yield current
@@ -125,15 +129,18 @@ def _same(chosen: pd.DataFrame, taken: pd.DataFrame) -> bool:
 
 
 def _train_round(
-    inputs: Inputs, fusion: Fusion, p: SelfTraining, number: int, taken: pd.DataFrame, chosen: pd.DataFrame
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, number: int, taken: pd.DataFrame, chosen: pd.DataFrame,
+    pretrained: Pretrained | None,
 ) -> Round:
     labels = np.tile(inputs.labels, (len(fusion.seeds), 1))
     used = pseudo_labels_in_use(p, taken, chosen)
     labels[used["seed"], used["row"]] = used["label"]
-    return Round(number, chosen, train(inputs, fusion, labels, f"self_train round {number}"))
+    return Round(number, chosen, train(inputs, fusion, labels, f"self_train round {number}", pretrained))
 
 
-def _unimodal_opinions(inputs: Inputs, fusion: Fusion, folder: Path) -> np.ndarray:
+def _unimodal_opinions(
+    inputs: Inputs, fusion: Fusion, folder: Path, pretrained: Pretrained | None
+) -> np.ndarray:
     """(S, modalities, others) int64: the class that each seed's unimodal classifier gives, -1 where it has no input."""
     path = folder / "unimodal.safetensors"
     if not path.exists():
@@ -142,7 +149,7 @@ def _unimodal_opinions(inputs: Inputs, fusion: Fusion, folder: Path) -> np.ndarr
         opinions = []
         for modality in inputs.modalities:
             alone = inputs.select([modality.name])
-            outputs = train(alone, recipe, labels, f"self_train {modality.name} alone")
+            outputs = train(alone, recipe, labels, f"self_train {modality.name} alone", pretrained)
             classes = outputs.votes.mean(dim=1).argmax(dim=-1)
             opinions.append(torch.where(modality.present.cpu()[inputs.others], classes, -1))
         write_tensors(path, {"opinions": torch.stack(opinions, dim=1)})

@@ -8,6 +8,7 @@ Per model the epoch with the best validation WAF is kept; ties go to the earlier
 
 from collections.abc import Sequence
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,19 +22,22 @@ from stages.evaluation import metrics
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble, Outputs, lane_count
 from stages.fusion.features import Inputs, Standardised, Statistics, fold_statistics
+from stages.fusion.pretrained import Pretrained
 
 
-def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str) -> Outputs:
+def train(
+    inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, start: Pretrained | None = None
+) -> Outputs:
     """Train len(recipe.seeds) x folds models on `inputs` with its modalities; the ensemble of each model at its best
     epoch then predicts the unlabelled and test clips, once.
 
     labels: (S, N) int64, the class that seed s learns for each clip, -1 for none: the labelled clips' classes,
-    and pseudo-labels. name: what the progress bar shows.
+    and pseudo-labels. name: what the progress bar shows. start: what the encoders start from.
     """
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
     statistics = fold_statistics(inputs, recipe.standardize)
-    trainings = fit(inputs, recipe, labels, statistics, models, name)
+    trainings = fit(inputs, recipe, labels, statistics, models, name, start)
     best, last = (torch.empty(shape[0], len(inputs.labels), len(inputs.label_names)) for _ in range(2))
     for (s, _), training in zip(models, trainings, strict=True):
         best[s, training.valid], last[s, training.valid] = training.best_softmax, training.softmax
@@ -66,16 +70,30 @@ def fit(
     statistics: Statistics,
     models: Sequence[tuple[int, int]],
     name: str,
+    start: Pretrained | None = None,
 ) -> list["Training"]:
     """Train the models (position of the seed, fold), epoch by epoch in turns, so that five keep two cores busy."""
     feeds = [Standardised(inputs, statistics, fold) for fold in range(inputs.fold_count)]
-    trainings = [Training(inputs, recipe, labels[s], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
-    turns = recipe.epochs * trainings
+    trainings = [Training(inputs, recipe, labels[s], feeds[fold], recipe.seeds[s], fold, start)
+                 for s, fold in models]
+    in_turns(trainings, recipe.epochs, inputs.device, name)
+    return trainings
+
+
+class Epochs(Protocol):
+    """A model that is trained epoch by epoch."""
+
+    def run_epoch(self) -> None: ...
+
+
+def in_turns(models: Sequence[Epochs], epochs: int, device: torch.device, name: str) -> None:
+    """Run every model's epochs, on a CPU side by side; name: what the progress bar shows."""
+    turns = epochs * list(models)
     with (
         tqdm(total=len(turns), desc=name, unit="epoch", mininterval=1, leave=False) as bar,
-        lanes(lane_count(inputs.device, len(models))) as pool,
+        lanes(lane_count(device, len(models))) as pool,
     ):
-        tasks = [pool.submit(training.run_epoch) for training in turns]
+        tasks = [pool.submit(model.run_epoch) for model in turns]
         try:
             for task in tasks:
                 task.result()
@@ -83,7 +101,6 @@ def fit(
         finally:  # after an error, or Ctrl-C, the others need not go on
             for task in tasks:
                 task.cancel()
-    return trainings
 
 
 class Training:
@@ -93,7 +110,10 @@ class Training:
     clip is in no fold: it is learned from, never validated on.
     """
 
-    def __init__(self, inputs: Inputs, recipe: Fusion, labels: np.ndarray, feed: Standardised, seed: int, fold: int):
+    def __init__(
+        self, inputs: Inputs, recipe: Fusion, labels: np.ndarray, feed: Standardised, seed: int, fold: int,
+        start: Pretrained | None = None,
+    ):
         device = inputs.device
         words = np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(3)
         initial, order, dropout = (int(word) for word in words)
@@ -101,6 +121,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(initial)
             self.model = architecture_of(inputs, recipe).build(torch.Generator(device).manual_seed(dropout)).to(device)
+        if start:
+            start.start(self.model, [modality.name for modality in inputs.modalities], seed, fold)
         self.adam = torch.optim.Adam(self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay,
                                      fused=True)
         self.feed, self.batch, self.lock = feed, recipe.batch_size, Lock()
