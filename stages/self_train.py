@@ -27,6 +27,7 @@ def main() -> None:
     from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import cross_validation, curve_table, load_outputs, save_outputs
     from stages.fusion.features import load_inputs
+    from stages.fusion.pretrained import load_pretrained
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device, segments_read(p.fusion))
     set_threads(True)  # models are computed side by side, each by one thread
@@ -41,7 +42,8 @@ def main() -> None:
     rows, pseudo_labels, curves, test_probabilities = [], [], [], []
     selected, best = start, -1.0
     pool = self_training.pool_rows(inputs, p.transductive)
-    for done in self_training.self_train(inputs, p.fusion, p.self_training, pool, start, folder):
+    pretrained = load_pretrained(p.pretraining.method)
+    for done in self_training.self_train(inputs, p.fusion, p.self_training, pool, start, folder, pretrained):
         in_use = self_training.pseudo_labels_in_use(p.self_training, in_use, done.chosen)
         rows.append(self_training.round_row(inputs, p.self_training, pool, done, in_use))
         pseudo_labels.append(self_training.pseudo_label_table(inputs, done))

@@ -16,12 +16,14 @@ def main() -> None:
     from stages.fusion.architectures import segments_read
     from stages.fusion.ensemble import cross_validation, curve_table, save_outputs
     from stages.fusion.features import GROUP_MINIMUM, load_inputs
+    from stages.fusion.pretrained import load_pretrained
     from stages.fusion.training import train
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device, segments_read(p.fusion))
     set_threads(True)  # models are computed side by side, each by one thread
     labels = np.tile(inputs.labels, (len(p.fusion.seeds), inputs.fold_count, 1))
-    outputs = train(inputs, p.fusion, labels, "train_fusion", votes_last=True)
+    pretrained = load_pretrained(p.pretraining.method)
+    outputs = train(inputs, p.fusion, labels, "train_fusion", votes_last=True, start=pretrained)
     save_outputs(Path("models/fusion"), inputs, outputs, curve_table(0, outputs))
     for name in p.fusion.by_group:
         if name not in outputs.ensemble.groups:

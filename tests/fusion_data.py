@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, write_manifest
-from stages.engine.params import Fusion, SelfTraining
+from stages.engine.params import Fusion, Pretraining, SelfTraining
 from stages.engine.store import Row, Store, write_index, write_shard
 from stages.fusion.features import Inputs, Modality
 from stages.gather_features import describe_modality
@@ -51,13 +51,20 @@ def rounds(**changes) -> SelfTraining:
     return SelfTraining(**{**small, **changes})
 
 
-def write_params(fusion: Fusion, self_training: SelfTraining) -> None:
+def pretraining(**changes) -> Pretraining:
+    """Short; `changes` override."""
+    small = {"method": "contrastive", "epochs": 4, "temperature": 0.1, "batch_size": 16, "learning_rate": 0.003}
+    return Pretraining(**{**small, **changes})
+
+
+def write_params(fusion: Fusion, self_training: SelfTraining, before: Pretraining | None = None) -> None:
     """The repository's params.yaml in the current folder, with these sections, LABELS and an extractor per modality."""
     yaml = YAML(typ="safe", pure=True)
     content = yaml.load(ROOT / "params.yaml")
     content["corpus"]["labels"] = list(LABELS)
     content["extractors"] = dict.fromkeys(fusion.modalities, content["extractors"]["hubert"])
     content["fusion"], content["self_training"] = fusion.model_dump(), self_training.model_dump()
+    content["pretraining"] = (before or pretraining(method="off")).model_dump()
     content["runtime"]["device"] = "cpu"
     with open("params.yaml", "w") as file:
         yaml.dump(content, file)

@@ -19,7 +19,7 @@ from stages import baselines, evaluate, gather_features, self_train, train_fusio
 from stages.engine.files import write_rows
 from stages.fusion.features import Modality
 
-STAGES = ("gather_features", "train_fusion", "baselines", "self_train", "evaluate")
+STAGES = ("gather_features", "pretrain_fusion", "train_fusion", "baselines", "self_train", "evaluate")
 LABELS = {
     2: ("no", "yes"),
     4: fusion_data.LABELS,

@@ -18,7 +18,7 @@ from yaml_values import set_value
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "benchmarks", "data", "features", "models", "reports", "presets", ".dvc/config",
            ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
-EVALUATION = ["train_fusion", "self_train", "evaluate"]
+EVALUATION = ["pretrain_fusion", "train_fusion", "self_train", "evaluate"]
 FEATURES = ["extract", "gather_features", "split_folds", "corpus"]  # stages: what training reads
 
 
@@ -95,7 +95,7 @@ def test_the_dag_is_one_connected_graph_of_every_stage(repository: Repository) -
     listed = {line.split()[0] for line in repository.run("dvc", "stage", "list").splitlines()}
     designed = {"corpus", "split_folds", "extract_audio", "transcribe", "slice_frames", "crop_faces", "rank_emotions",
                 "extract@hubert", "extract@clip", "plan", "extract@baichuan", "train_emovclip", "extract@emovclip",
-                "train_fusion", "self_train", "evaluate"}
+                "pretrain_fusion", "train_fusion", "self_train", "evaluate"}
     assert designed <= listed
     reached = {"plan"}
     for _ in listed:
@@ -169,7 +169,7 @@ def test_the_features_alone_are_enough_to_train(pushed: Repository, tmp_path: Pa
     elsewhere.run("dvc", "pull", "-q", *FEATURES)
     elsewhere.set("fusion.hidden", 64)
     output = elsewhere.run("dvc", "repro", "--allow-missing", "train_fusion", "self_train")
-    assert elsewhere.stages_run(output) == ["train_fusion", "self_train"]
+    assert elsewhere.stages_run(output) == ["pretrain_fusion", "train_fusion", "self_train"]
     assert not (elsewhere.folder / "data/audio").exists()
 
 

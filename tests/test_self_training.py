@@ -119,9 +119,9 @@ def test_pseudo_labels_are_learned_and_never_validated(tmp_path, monkeypatch, vo
     p, seen = recipe(epochs=2), []
     start = start_of(inputs, p)
 
-    def spy(inputs, fusion, labels, name, votes_last):
+    def spy(inputs, fusion, labels, name, *rest):
         seen.append(labels)
-        return train(inputs, fusion, labels, name, votes_last)
+        return train(inputs, fusion, labels, name, *rest)
 
     monkeypatch.setattr(self_training, "train", spy)
     done = list(self_train(inputs, p, rounds(voters=voters), start, tmp_path))
@@ -200,9 +200,9 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, changes):
             next(iterator)
     trained = []
 
-    def spy(inputs, fusion, labels, name, votes_last):
+    def spy(inputs, fusion, labels, name, *rest):
         trained.append(name)
-        return train(inputs, fusion, labels, name, votes_last)
+        return train(inputs, fusion, labels, name, *rest)
 
     monkeypatch.setattr(self_training, "train", spy)
     resumed = list(self_train(inputs, p, rounds(rounds=3, **changes), start, tmp_path / "killed"))

@@ -214,6 +214,14 @@ class Fusion(Section):
         return [name for name in self.modalities if self.standardized_by(name) == "group"]
 
 
+class Pretraining(Section):
+    method: Literal["off", "contrastive"]
+    epochs: Positive
+    temperature: PositiveFloat
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: PositiveFloat
+
+
 class SelfTraining(Section):
     rounds: NonNegative
     k: Positive
@@ -276,6 +284,7 @@ class FusionParams(Section):
     corpus: Labels
     folds: Folds
     fusion: Fusion
+    pretraining: Pretraining
     self_training: SelfTraining
     evaluate: Evaluate
     runtime: Device

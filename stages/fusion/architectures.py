@@ -5,8 +5,9 @@ An architecture is one module of this folder, which `fusion.architecture` in par
     Model(architecture: Architecture, generator: torch.Generator | None), a torch.nn.Module;
     forward(features, present) -> (logits, scores): see attention.py; scores is None where it has no attention;
     reads_frames = True where it takes features over time instead of pooled ones: see frames.py;
-    where modalities meet only as encodings, optionally: encoders, one module per modality, and fuse(encodings, present)
-    -> the same as forward. What takes modalities away then computes each encoding only once.
+    encoders, an nn.ModuleList with one module per modality, (B, D) -> (B, hidden), where it has such: what
+    pretrain_fusion can train; and, where modalities meet only as these encodings, optionally fuse(encodings, present)
+    -> the same as forward: what takes modalities away then computes each encoding only once.
 
 Any modality may be absent from a clip, all of them too: the logits must be numbers, and the same as if modality dropout
 had dropped what is absent.

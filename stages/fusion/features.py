@@ -313,7 +313,7 @@ class Standardised:
     """
 
     def __init__(self, inputs: Inputs, statistics: Statistics, fold: int, groups: Statistics | None = None):
-        self._parts, self._own = [], {}
+        self.device, self._parts, self._own = inputs.device, [], {}
         self._numbers = None if inputs.groups is None else torch.from_numpy(inputs.groups).to(inputs.device)
         for modality in inputs.modalities:
             group = fold % len(modality.matrix)

@@ -2,7 +2,8 @@
 
 Round 0 is models/fusion. In round r the voters predict the pool (the unlabelled clips and, as the paper has it, the
 test clips without their labels); of the clips that they predict as a class, the k with the highest probability join
-the training part, never a validation part. Then all models start again from their first weights.
+the training part, never a validation part. Then all models start again from their first weights (their encoders from
+the pre-trained ones, where there are).
 
 voters: ensemble   a seed's ensemble of folds chooses, for every fold of that seed [paper]. The other folds' models have
                    learned from a fold's validation clips, and through the pseudo-labels so do the fold's own: from
@@ -38,6 +39,7 @@ from stages.engine.files import read_rows, write_tensors
 from stages.engine.params import Fusion, SelfTraining
 from stages.fusion.ensemble import PREDICTIONS, Ensemble, Outputs, cross_validation
 from stages.fusion.features import Inputs
+from stages.fusion.pretrained import Pretrained
 from stages.fusion.training import train
 
 CHOSEN = {"seed": "int64", "fold": "int64", "row": "int64", "label": "int64", "confidence": "float32",
@@ -61,18 +63,19 @@ def no_pseudo_labels() -> pd.DataFrame:
 
 
 def self_train(
-    inputs: Inputs, fusion: Fusion, p: SelfTraining, candidates: np.ndarray, start: Outputs, folder: Path
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, candidates: np.ndarray, start: Outputs, folder: Path,
+    pretrained: Pretrained | None = None,
 ) -> Iterator[Round]:
     """Yield round 0, which `start` is, and the rounds after it, until p.rounds or until nothing new is chosen.
 
     candidates: rows of the pool. folder: where finished rounds are kept and picked up; it must belong to these inputs
-    and parameters alone.
+    and parameters alone. pretrained: what the encoders start from, in every round.
     """
     current, taken = Round(0, no_pseudo_labels(), start), no_pseudo_labels()
     yield current
     if p.rounds == 0 or not len(candidates):
         return
-    opinions = _opinions(inputs, fusion, p, folder) if p.agreement else None
+    opinions = _opinions(inputs, fusion, p, folder, pretrained) if p.agreement else None
     for number in range(1, p.rounds + 1):
         path = folder / f"round-{number:02d}.safetensors"
         if path.exists():
@@ -81,7 +84,7 @@ def self_train(
             chosen = choose(inputs, candidates, voters(current.outputs, p), opinions, taken, number, p)
             if _same(chosen, taken) or not len(chosen):
                 return
-            current = _train_round(inputs, fusion, p, number, taken, chosen)
+            current = _train_round(inputs, fusion, p, number, taken, chosen, pretrained)
             _write_round(path, current)
         taken = pseudo_labels_in_use(p, taken, current.chosen)
         yield current
@@ -146,20 +149,24 @@ def _same(chosen: pd.DataFrame, taken: pd.DataFrame) -> bool:
 
 
 def _train_round(
-    inputs: Inputs, fusion: Fusion, p: SelfTraining, number: int, taken: pd.DataFrame, chosen: pd.DataFrame
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, number: int, taken: pd.DataFrame, chosen: pd.DataFrame,
+    pretrained: Pretrained | None,
 ) -> Round:
     labels = np.tile(inputs.labels, (len(fusion.seeds), inputs.fold_count, 1))
     used = pseudo_labels_in_use(p, taken, chosen)
     for fold in range(inputs.fold_count):
         mine = used[used["fold"].isin([fold, -1])]
         labels[mine["seed"], fold, mine["row"]] = mine["label"]
-    outputs = train(inputs, fusion, labels, f"self_train round {number}", votes_last=p.voters == "fold")
+    outputs = train(inputs, fusion, labels, f"self_train round {number}", p.voters == "fold", pretrained)
     return Round(number, chosen, outputs)
 
 
-def _opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path) -> np.ndarray:
+def _opinions(
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path, pretrained: Pretrained | None
+) -> np.ndarray:
     """(S, V, modalities + p.voices, others) int64: the classes that count in agreement, -1 where there is none."""
-    unimodal, voices = _unimodal_opinions(inputs, fusion, p, folder), voice_opinions(inputs, p.voices)
+    unimodal = _unimodal_opinions(inputs, fusion, p, folder, pretrained)
+    voices = voice_opinions(inputs, p.voices)
     return np.concatenate([unimodal, np.broadcast_to(voices, (*unimodal.shape[:2], *voices.shape))], axis=2)
 
 
@@ -179,7 +186,9 @@ def voice_opinions(inputs: Inputs, names: Sequence[str]) -> np.ndarray:
     return opinions
 
 
-def _unimodal_opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path) -> np.ndarray:
+def _unimodal_opinions(
+    inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: Path, pretrained: Pretrained | None
+) -> np.ndarray:
     """(S, V, modalities, others) int64: the class that each voter's unimodal classifier gives, -1 without an input."""
     path = folder / "unimodal.safetensors"
     if not path.exists():
@@ -188,7 +197,7 @@ def _unimodal_opinions(inputs: Inputs, fusion: Fusion, p: SelfTraining, folder: 
         opinions = []
         for modality in inputs.modalities:
             alone = inputs.select([modality.name])
-            outputs = train(alone, recipe, labels, f"self_train {modality.name} alone", votes_last=p.voters == "fold")
+            outputs = train(alone, recipe, labels, f"self_train {modality.name} alone", p.voters == "fold", pretrained)
             classes = voters(outputs, p).argmax(dim=-1)
             opinions.append(torch.where(modality.present.cpu()[inputs.others], classes, -1))
         write_tensors(path, {"opinions": torch.stack(opinions, dim=2)})

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import fsum
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,21 +34,25 @@ from stages.fusion.features import (
     group_of_digest,
     group_statistics,
 )
+from stages.fusion.pretrained import Pretrained
 
 
-def train(inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, votes_last: bool = False) -> Outputs:
+def train(
+    inputs: Inputs, recipe: Fusion, labels: np.ndarray, name: str, votes_last: bool = False,
+    start: Pretrained | None = None,
+) -> Outputs:
     """Train len(recipe.seeds) x folds models on `inputs` with its modalities; the ensemble of each model at the epoch
     that recipe.epoch asks for then predicts the unlabelled and test clips, once.
 
     labels: (S, F, N) int64, the class that seed s's model of fold f learns for each clip, -1 for none: the labelled
     clips' classes, and pseudo-labels. name: what the progress bar shows. votes_last: predict with the last epoch's
-    models too, as self_training.voters: fold needs it.
+    models too, as self_training.voters: fold needs it. start: what the encoders start from.
     """
     shape = (len(recipe.seeds), inputs.fold_count)
     models = list(np.ndindex(*shape))
     statistics, groups = fold_statistics(inputs, recipe), group_statistics(inputs, recipe.by_group)
     feeds = [Standardised(inputs, statistics, fold, groups) for fold in range(inputs.fold_count)]
-    trainings = fit(inputs, recipe, labels, feeds, models, name)
+    trainings = fit(inputs, recipe, labels, feeds, models, name, start)
     best, last, own = (torch.empty(shape[0], len(inputs.labels), len(inputs.label_names)) for _ in range(3))
     for (s, _), training in zip(models, trainings, strict=True):
         best[s, training.valid], last[s, training.valid] = training.best_softmax, training.softmax
@@ -95,21 +99,35 @@ def fit(
     feeds: Sequence[Standardised],
     models: Sequence[tuple[int, int]],
     name: str,
+    start: Pretrained | None = None,
 ) -> list["Training"]:
     """Train the models (position of the seed, fold), epoch by epoch in turns, so that five keep two cores busy.
 
     feeds: what the models of each fold are fed. With recipe.epoch `common` the models of one seed share an epoch.
     """
-    trainings = [Training(inputs, recipe, labels[s, fold], feeds[fold], recipe.seeds[s], fold) for s, fold in models]
+    trainings = [Training(inputs, recipe, labels[s, fold], feeds[fold], recipe.seeds[s], fold, start)
+                 for s, fold in models]
     if recipe.epoch == "common":
         for seed in {s for s, _ in models}:
             share_epoch([training for (s, _), training in zip(models, trainings, strict=True) if s == seed])
-    turns = recipe.epochs * trainings
+    in_turns(trainings, recipe.epochs, inputs.device, name)
+    return trainings
+
+
+class Epochs(Protocol):
+    """A model that is trained epoch by epoch."""
+
+    def run_epoch(self) -> None: ...
+
+
+def in_turns(models: Sequence[Epochs], epochs: int, device: torch.device, name: str) -> None:
+    """Run every model's epochs, on a CPU side by side; name: what the progress bar shows."""
+    turns = epochs * list(models)
     with (
         tqdm(total=len(turns), desc=name, unit="epoch", mininterval=1, leave=False) as bar,
-        lanes(lane_count(inputs.device, len(models))) as pool,
+        lanes(lane_count(device, len(models))) as pool,
     ):
-        tasks = [pool.submit(training.run_epoch) for training in turns]
+        tasks = [pool.submit(model.run_epoch) for model in turns]
         try:
             for task in tasks:
                 task.result()
@@ -117,7 +135,6 @@ def fit(
         finally:  # after an error, or Ctrl-C, the others need not go on
             for task in tasks:
                 task.cancel()
-    return trainings
 
 
 class Kept(NamedTuple):
@@ -173,7 +190,10 @@ class Training:
     clip is in no fold: it is learned from, never validated on.
     """
 
-    def __init__(self, inputs: Inputs, recipe: Fusion, labels: np.ndarray, feed: Standardised, seed: int, fold: int):
+    def __init__(
+        self, inputs: Inputs, recipe: Fusion, labels: np.ndarray, feed: Standardised, seed: int, fold: int,
+        start: Pretrained | None = None,
+    ):
         device = inputs.device
         words = np.random.SeedSequence(seed, spawn_key=(fold,)).generate_state(5)  # the first three as without the rest
         initial, order, dropout, noise, mixing = (int(word) for word in words)
@@ -181,6 +201,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(initial)
             self.model = architecture_of(inputs, recipe).build(torch.Generator(device).manual_seed(dropout)).to(device)
+        if start:
+            start.start(self.model, [modality.name for modality in inputs.modalities], seed, fold)
         optimizer = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = optimizer(self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay,
                                    fused=True)
