@@ -91,7 +91,7 @@ def test_encodings_of_new_clips_find_their_counterparts() -> None:
 
 
 def feed_of(inputs: Inputs) -> Standardised:
-    return Standardised(inputs, fold_statistics(inputs, True), 0)
+    return Standardised(inputs, fold_statistics(inputs, recipe()), 0)
 
 
 def valid_of(inputs: Inputs) -> torch.Tensor:

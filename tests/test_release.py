@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from predict_runs import change, error_of, numbers, remove, rows, run_predict, word_table
 from ruamel.yaml import YAML
-from trained_run import SENTENCES, save_ensemble
+from trained_run import SENTENCES, make_ensemble, save_ensemble
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
