@@ -81,8 +81,8 @@ def faulty(clip_id: str, item: int, number: int, attempts: int) -> Row:
     return Row(clip_id, values=np.full(3, item, np.int16))
 
 
-def media_work(function: object, timeout: float = 30) -> PerClip:
-    return PerClip(function, workers=2, timeout=timeout)  # type: ignore[arg-type]
+def media_work(function: object, timeout: float = 30, workers: int = 2) -> PerClip:
+    return PerClip(function, workers, timeout)  # type: ignore[arg-type]
 
 
 def test_a_worker_killed_once_costs_nothing(p: Params) -> None:
@@ -157,7 +157,7 @@ FAULTS = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOENT, err
 def test_a_fault_of_the_machine_is_retried_then_stops_the_stage(p: Params, number: int) -> None:
     lasting = partial(faulty, number=number, attempts=99)
     with pytest.raises(PipelineError, match=r"^clip c05: .*run it again \(what was finished is kept\)$") as caught:
-        write_store(target(kind="audio"), inputs(12), media_work(lasting), p, ["cpu"])
+        write_store(target(kind="audio"), inputs(12), media_work(lasting, workers=1), p, ["cpu"])
     assert "\n" not in str(caught.value) and not Path("out").exists()
     assert len(Path("tries-c05").read_text()) == errors.ATTEMPTS
     for shard in plan(target(kind="audio"), inputs(12), 4):
@@ -166,7 +166,7 @@ def test_a_fault_of_the_machine_is_retried_then_stops_the_stage(p: Params, numbe
             assert all(row.present for row in head.rows)
     Path("tries-c05").unlink()
     passing = partial(faulty, number=number, attempts=errors.ATTEMPTS - 1)
-    write_store(target(kind="audio"), inputs(12), media_work(passing), p, ["cpu"])  # the cause is gone: it heals
+    write_store(target(kind="audio"), inputs(12), media_work(passing, workers=1), p, ["cpu"])  # the cause is gone
     assert Store("out/some_stage").present.all()
 
 
