@@ -153,7 +153,7 @@ def test_models_start_from_their_own_seed_and_fold_s_encoders() -> None:
                 for name, values in model.encoders[i].state_dict().items():
                     assert torch.equal(values, pretrained.weights[f"{modality.name}.{name}"][s, 2])
             assert torch.equal(model.classifier.weight, fresh.classifier.weight)  # all else as without
-    again = [train(inputs, recipe(), tiled(inputs, recipe()), "test", pretrained) for _ in range(2)]
+    again = [train(inputs, recipe(), tiled(inputs, recipe()), "test", start=pretrained) for _ in range(2)]
     assert torch.equal(again[0].votes, again[1].votes)  # training does not write into what it starts from
     assert not torch.equal(again[0].votes, train(inputs, recipe(), tiled(inputs, recipe()), "test").votes)
 
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_one_line() -> None:
     pretrained, _ = pretrain(inputs, recipe(), pretraining(epochs=1), include_test=False)
     for other in (recipe(hidden=8), recipe(architecture="concatenation"), recipe(seeds=[0, 1])):
         with pytest.raises(PipelineError, match="models/pretraining/encoders.safetensors: .*run dvc|expected off"):
-            train(inputs, other, tiled(inputs, other), "test", pretrained)
+            train(inputs, other, tiled(inputs, other), "test", start=pretrained)
 
 
 def stages(folder: Path, monkeypatch: pytest.MonkeyPatch, **before: object) -> dict[str, bytes]:
