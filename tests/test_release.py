@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from predict_runs import change, error_of, numbers, remove, rows, run_predict, word_table
 from ruamel.yaml import YAML
-from trained_run import SENTENCES, make_ensemble, save_ensemble
+from trained_run import SENTENCES, make_ensemble, save_ensemble, save_models
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
@@ -49,7 +49,7 @@ def test_groups_are_known_in_a_bundle_too(trained_copy: Path, capfd: pytest.Capt
     mean, scale = (t.mean(dim=0).expand(1, 2, -1).clone() for t in ensemble.statistics["hubert"])
     mean[0, 1] += 1.0
     members = {file_digest("clips/a.mp4"): 1}
-    replace(ensemble, groups={"hubert": (mean, scale)}, members=members).save(Path("models/self_training"))
+    save_models(replace(ensemble, groups={"hubert": (mean, scale)}, members=members))
     capfd.readouterr()
     run_predict("clips", "--out", "here.csv")
     assert "warning: predict: too few new clips (1) for a mean" in capfd.readouterr().err

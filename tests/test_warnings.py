@@ -96,7 +96,7 @@ def self_train(clip_id: str) -> None:
     more = rounds.assign(round=1, **{f"added_{label}": 10 for label in LABELS})
     pd.concat([rounds, more]).to_csv("reports/rounds.csv", index=False)
     pd.DataFrame([(1, clip_id, "anger", 0.9, 0, s) for s in range(SEEDS)],
-                 columns=["round", "clip_id", "label", "confidence", "agreement", "seed"]).to_csv(
+                 columns=["round", "clip_id", "label", "confidence", "agreement", "seed", "fold"]).to_csv(
         "reports/pseudo_labels.csv", index=False)
     set_value(Path("params.yaml"), "self_training.rounds", 1)
     predict(FINAL, "others", 0.95)

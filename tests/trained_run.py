@@ -60,7 +60,12 @@ def make_trained(root: Path) -> None:
 
 def save_ensemble(name: str = "attention", segments: tuple[int, ...] = (), **changes: int) -> None:
     """models/self_training and its temperature, in the working directory. changes: of DIMENSIONS."""
-    make_ensemble(name, segments, **changes).save(Path("models/self_training"))
+    save_models(make_ensemble(name, segments, **changes))
+
+
+def save_models(ensemble: Ensemble) -> None:
+    """The same of a given ensemble."""
+    ensemble.save(Path("models/self_training"))
     digest = file_digest("models/self_training/ensemble.safetensors")
     write_json("models/calibration.json", {"temperature": TEMPERATURE, "ensemble": digest})
 
