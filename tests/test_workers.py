@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stages.engine.workers import Workers
@@ -78,6 +80,28 @@ def test_what_took_too_long_is_ended_and_what_raised_is_told(workers: Workers) -
     with pytest.raises(TypeError, match="can't multiply") as raised:
         list(workers.map(square, [("no number",)]))  # a mistake in the code
     assert "return number * number" in str(raised.value.__cause__)  # the worker's traceback
+
+
+def wait_for_another(file: str) -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        Path(file).write_text(str(process.pid))
+
+
+@pytest.mark.parametrize("how", ["time-out", "close"])
+def test_what_a_worker_runs_ends_with_it(workers: Workers, tmp_path: Path, how: str) -> None:
+    file = tmp_path / "pid"
+    workers.timeout = 2 if how == "time-out" else 60
+    results = workers.map(wait_for_another, [(str(file),)])
+    if how == "time-out":
+        assert "stopped after 2 s" in str(next(results))
+    else:
+        while not (file.exists() and file.read_text()):
+            time.sleep(0.01)
+        workers.close()
+    with suppress(psutil.NoSuchProcess):
+        other = psutil.Process(int(file.read_text()))
+        psutil.wait_procs([other], timeout=60)
+        assert other.status() == psutil.STATUS_ZOMBIE  # where nobody reaps what lost its parent
 
 
 def run(tmp_path: Path, program: str) -> subprocess.CompletedProcess[str]:

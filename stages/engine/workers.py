@@ -48,6 +48,18 @@ class _Worker:
     def at_work(self) -> bool:
         return self.deadline < math.inf
 
+    def kill(self) -> None:
+        """End it, and what it runs, OpenFace say."""
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            process.suspend()  # else it might begin another meanwhile
+            for begun in process.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    begun.kill()
+        self.process.kill()
+
 
 class Workers:
     """Worker processes: one that crashes or hangs costs its task alone and is replaced, as is one that dies idle."""
@@ -91,7 +103,7 @@ class Workers:
         self._wake.close()
         self._thread.join()
         for worker in self._workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self._workers:
             worker.process.join()
             worker.connection.close()
@@ -109,7 +121,7 @@ class Workers:
                 if worker.connection in news:
                     self._hear(worker)
                 elif worker.deadline <= time.monotonic():
-                    worker.process.kill()
+                    worker.kill()
                     self._replace(worker, f"stopped after {self.timeout:g} s (runtime.clip_timeout_seconds) without "
                                           f"a result")
             if self._woken in news:
@@ -131,7 +143,7 @@ class Workers:
             said = worker.connection.recv_bytes()
         except (EOFError, OSError, MemoryError) as error:
             if not isinstance(error, EOFError):  # it may be alive
-                worker.process.kill()
+                worker.kill()
             self._replace(worker)
             return
         if said != HERE:
