@@ -256,6 +256,11 @@ class Store:
         return _joined(self.digests)
 
     @property
+    def dimension(self) -> int:
+        """Numbers per clip in mean and var: folds * C."""
+        return int(self.attrs["dimension"]) * int(self.attrs.get("folds", 1))
+
+    @property
     def mean(self) -> np.ndarray:
         """(N, folds * C) float32; zeros for absent clips."""
         return self._stack("mean")
@@ -306,14 +311,26 @@ class Store:
             start, end = file["offsets"][i : i + 2]
             return file[f"item_{name}"][start:end]
 
-    def _stack(self, name: str) -> np.ndarray:
-        stacked = np.empty((len(self), int(self.attrs["dimension"]) * int(self.attrs.get("folds", 1))), np.float32)
+    def statistics(
+        self, names: Sequence[str], wanted: np.ndarray | None = None
+    ) -> Iterator[tuple[slice, list[np.ndarray]]]:
+        """Shard by shard: which clips it holds, and their `mean` or `var` by these names, (n, folds * C) float32.
+
+        wanted: (N,) bool; only shards that hold one of these clips.
+        """
         start = 0
         for shard in self._shards:
-            count = len(shard.columns["clip_id"])
-            with _opened(shard.path) as file:
-                file[name].read_direct(stacked, dest_sel=np.s_[start : start + count])
-            start += count
+            part = slice(start, start + len(shard.columns["clip_id"]))
+            start = part.stop
+            if wanted is None or wanted[part].any():
+                with _opened(shard.path) as file:
+                    values = [file[name][:] for name in names]
+                yield part, values
+
+    def _stack(self, name: str) -> np.ndarray:
+        stacked = np.empty((len(self), self.dimension), np.float32)
+        for part, [values] in self.statistics([name]):
+            stacked[part] = values
         return stacked
 
 

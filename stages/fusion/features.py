@@ -8,8 +8,11 @@ statistics of its validation part; nor does standardising by group, but for the 
 """
 
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.engine.devices import cores, lanes
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
 from stages.engine.manifest import Clip, read_folds, read_manifest
@@ -26,7 +30,6 @@ from stages.fusion.segments import stored_segments
 
 MODALITIES = Path("data/modalities.json")
 HALF_ABOVE = 2 << 30  # bytes of float32 features from which on they are kept as float16
-BLOCK = 4096  # rows converted at a time
 # A dimension whose deviation is below this share of its mean counts as constant. Float32 features move by 5e-7 of their
 # size with the batch they are computed in, by more in half precision: what varies less than 200 times that is not
 # standardised up to the size of what tells clips apart.
@@ -186,35 +189,55 @@ def _load_modality(
     present = store.present
     if not present[labelled].any():
         raise PipelineError(f"{store.folder}: found no labelled clip with features, expected some to learn from")
+    dimension, limit = int(entry["dimension"]), torch.finfo(dtype).max
+    if store.dimension != groups * dimension:
+        raise PipelineError(f"{store.folder}: features have dimension {store.dimension / groups:g}, expected "
+                            f"{dimension} ({MODALITIES})")
+    names, width = entry["statistics"], dimension
+    shards: Callable[..., Iterable[tuple[slice, list[np.ndarray]]]] = partial(store.statistics, names)
+    if segments:
+        whole = [(slice(0, len(clip_ids)), [stored_segments(store, segments, groups)])]
+        names, width, shards = ["segments"], dimension * segments, lambda _=None: whole
     matrix = torch.empty(groups, len(clip_ids), _dimension(entry, segments), dtype=dtype)
     centre, spread = torch.empty(groups, matrix.shape[-1]), torch.empty(groups, matrix.shape[-1])
-    width = entry["dimension"] * (segments or 1)
-    for i, statistic in enumerate(["segments"] if segments else entry["statistics"]):
-        columns = slice(i * width, (i + 1) * width)
-        # (N, groups * width), fold after fold
-        values = stored_segments(store, segments, groups) if segments else getattr(store, statistic)
-        if values.shape[1] != groups * width:
-            raise PipelineError(f"{store.folder}: features have dimension {values.shape[1] / groups:g}, expected "
-                                f"{width} ({MODALITIES})")
-        for group, part in enumerate(torch.from_numpy(values).chunk(groups, dim=1)):
-            mean, scale = _location_and_scale(part[torch.from_numpy(present & labelled)])
-            centre[group, columns], spread[group, columns] = mean, scale
-            _fill(matrix[group, :, columns], part, centre[group, columns], spread[group, columns], store)
+    places = [(i, group, slice(i * width, (i + 1) * width), slice(group * width, (group + 1) * width))
+              for i in range(len(names)) for group in range(groups)]  # columns in the matrix, and in the store
+
+    # Twice over the shards, so that what is not yet in the matrix is in memory a shard at a time.
+    known = present & labelled
+    parts = [[values[known[part]] for values in read] for part, read in shards(known)]
+    found = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    for i, group, to, source in places:
+        centre[group, to], spread[group, to] = _location_and_scale(torch.from_numpy(found[i][:, source]))
+
+    def convert(part: slice, read: list[np.ndarray]) -> None:
+        absent = torch.from_numpy(np.flatnonzero(~present[part]))
+        for values in read:
+            _check_finite(values, store, part.start)
+        for i, group, to, source in places:
+            block = torch.from_numpy(read[i][:, source]).sub_(centre[group, to]).div_(spread[group, to])
+            matrix[group, part, to] = block.clamp_(-limit, limit).index_fill_(0, absent, 0)
+
+    tasks: deque[Future[None]] = deque()
+    with lanes(cores()) as pool:  # this thread reads ahead of those that convert, by a few shards
+        for shard in shards():
+            tasks.append(pool.submit(convert, *shard))
+            if len(tasks) > 2 * cores():
+                tasks.popleft().result()
+        for task in tasks:
+            task.result()
     tensors = (tensor.to(device) for tensor in (matrix, centre, spread, torch.from_numpy(present)))
     return Modality(entry["name"], *tensors, segments=segments or 1, source=entry)
 
 
-def _fill(matrix: Tensor, values: Tensor, centre: Tensor, spread: Tensor, store: Store) -> None:
-    """Write a statistic's values (N, C), centred and scaled, to matrix (N, C)."""
-    limit, absent = torch.finfo(matrix.dtype).max, torch.from_numpy(~store.present)
-    for start in range(0, len(values), BLOCK):
-        part = slice(start, start + BLOCK)
-        bad = torch.nonzero(~values[part].isfinite().all(dim=1))
-        if len(bad):
-            clip = store.clip_ids[start + int(bad[0])]
-            raise PipelineError(f"{store.folder}: clip {clip} holds NaN or infinite features, expected numbers")
-        block = ((values[part] - centre) / spread).clamp_(-limit, limit)
-        matrix[part] = block.masked_fill_(absent[part, None], 0)
+def _check_finite(values: np.ndarray, store: Store, start: int) -> None:
+    """Raise PipelineError for a clip with NaN or infinite features; `start` is the row of the first of the values."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))  # a third of the time of looking at each number
+    for row in suspects:
+        if not np.isfinite(values[row]).all():
+            raise PipelineError(f"{store.folder}: clip {store.clip_ids[start + row]} holds NaN or infinite features, "
+                                f"expected numbers")
 
 
 def _dimension(entry: dict[str, Any], segments: int | None) -> int:
