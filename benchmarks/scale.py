@@ -210,7 +210,9 @@ def render_page() -> float:
     params = load()
     start = time.perf_counter()
     run = read_run(params.corpus.labels)
-    render_report(run, params, figures.headline(run, params.evaluate), figures.prediction_table(run), None)
+    details = figures.details(run, params)
+    predictions = figures.prediction_table(run, details["calibration"]["temperature"])
+    render_report(run, params, details, predictions, None)
     return time.perf_counter() - start
 
 

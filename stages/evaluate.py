@@ -1,13 +1,14 @@
-"""Stage evaluate: WAF and what lies behind it: metrics.json, predictions, the submission, plots and the report."""
+"""Stage evaluate: WAF and what lies behind it: metrics, details, predictions, the submission, plots and the report."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.engine.devices import pick_device, set_threads
 from stages.engine.errors import run_stage
-from stages.engine.files import replacing, write_json
+from stages.engine.files import file_digest, replacing, write_json
 from stages.engine.params import FusionParams, load_fusion
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def main() -> None:
     from stages.evaluation.report import render_report
 
     run = read_run(p.corpus.labels)
-    headline = figures.headline(run, p.evaluate)
-    predictions = figures.prediction_table(run)
+    details = figures.details(run, p)
+    temperature = details["calibration"]["temperature"]
+    predictions = figures.prediction_table(run, temperature)
     robustness = robustness_table(run, p) if p.evaluate.missing == "report" else None
     tables: dict[str | Path, pd.DataFrame] = {
         "reports/predictions.csv": predictions.round(6),
@@ -43,8 +45,13 @@ def main() -> None:
         with replacing(path) as file:
             table.to_csv(file, index=False, lineterminator="\n")
     with replacing("reports/report.html") as file:
-        file.write(render_report(run, p, headline, predictions, robustness))
-    write_json("reports/metrics.json", headline)
+        file.write(render_report(run, p, details, predictions, robustness))
+    ensemble = file_digest("models/self_training/ensemble.safetensors")  # predict refuses it for any other
+    write_json("models/calibration.json", {"temperature": temperature, "ensemble": ensemble})
+    write_json("reports/details.json", details)
+    write_json("reports/metrics.json", figures.headline(details))
+    for text in details["warnings"]:
+        print(f"warning: evaluate: {text}", file=sys.stderr)
 
 
 def robustness_table(run: Run, p: FusionParams) -> pd.DataFrame:

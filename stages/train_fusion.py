@@ -5,7 +5,6 @@ from pathlib import Path
 
 from stages.engine.devices import pick_device, set_threads
 from stages.engine.errors import run_stage
-from stages.engine.files import write_json
 from stages.engine.params import load_fusion
 
 
@@ -27,9 +26,9 @@ def main() -> None:
         if name not in outputs.ensemble.groups:
             print(f"warning: train_fusion: fusion.standardize: no group of data/manifest.csv has {GROUP_MINIMUM} clips "
                   f"with {name}: it is standardised by the fold's training part", file=sys.stderr)
-    figures = {name: round(value, 4) for name, value in cross_validation(inputs, outputs).items()}
-    counts = {"clips": len(inputs.labelled), "parameters_per_model": outputs.ensemble.parameters_per_model}
-    write_json("reports/fusion.json", {"cv": figures, **counts})
+    figures = cross_validation(inputs, outputs)
+    print(f"train_fusion: {outputs.ensemble.parameters_per_model} parameters per model; cross-validated WAF "
+          f"{figures['waf_last_epoch']:.2f} at the last epoch, {figures['waf_best_epoch']:.2f} at each fold's best")
 
 
 if __name__ == "__main__":

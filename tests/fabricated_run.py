@@ -20,7 +20,7 @@ SENTENCES = ["我今天很高兴", "你为什么不告诉我？", "他走了，�
 def fabricate(root: Path, confidence: float = 3.0, frames: bool = True, seed: int = 0) -> Path:
     """Write every file that evaluate reads below root. confidence: how strongly the softmaxes favour the truth."""
     generator = np.random.default_rng(seed)
-    for folder in ("data", "models/fusion", "models/self_training", "reports"):
+    for folder in ("data", "models/fusion", "models/self_training", "models/baselines", "reports"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     shutil.copy("params.yaml", root / "params.yaml")
     clips = pd.DataFrame([(f"{split}_{i:03d}", split) for split in ("test", "labelled", "unlabelled")
@@ -53,10 +53,20 @@ def fabricate(root: Path, confidence: float = 3.0, frames: bool = True, seed: in
         order.to_csv(folder / "clips.csv", index=False)
         save_file({"out_of_fold_best": softmax(actual[labelled], SEEDS),
                    "out_of_fold_last": softmax(actual[labelled], SEEDS),
+                   "out_of_fold": softmax(actual[labelled], SEEDS),
                    "votes": softmax(actual[~labelled], SEEDS, FOLDS)}, folder / "predictions.safetensors")
         (folder / "ensemble.json").write_text(json.dumps({
             "modalities": [{"name": "hubert", "dimension": 4}, {"name": "emovclip", "dimension": 3}],
-            "hidden": 8, "dropout": 0.3, "labels": LABELS, "folds": FOLDS, "seeds": SEEDS}))
+            "hidden": 8, "dropout": 0.3, "labels": LABELS, "folds": FOLDS, "seeds": SEEDS,
+            "epoch": {"chosen": "best"}, "by_group": {"modalities": []}}))
+    order.to_csv(root / "models/baselines/clips.csv", index=False)
+    majority = np.full(len(clips), 0.5 / 5, np.float32)[:, None] * np.ones(6, np.float32)
+    majority[:, 0] = 0.5
+    save_file({"majority.out_of_fold": np.stack([majority[labelled]] * SEEDS),
+               "majority.others": np.stack([majority[~labelled]] * SEEDS),
+               "logistic_regression.out_of_fold": softmax(actual[labelled], SEEDS),
+               "logistic_regression.others": softmax(actual[~labelled], SEEDS)},
+              root / "models/baselines/predictions.safetensors")
     test = (clips["split"] == "test").to_numpy()
     save_file({"test_probabilities": softmax(actual[test], ROUNDS + 1, SEEDS)},
               root / "models/self_training/rounds.safetensors")

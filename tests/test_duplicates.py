@@ -15,7 +15,7 @@ from test_import_features import request_  # noqa: F401  # a fixture
 from stages.commands.import_features import Request, import_features
 from stages.corpora.duplicates import COLUMNS, find_duplicates, report_duplicates
 from stages.engine.manifest import Clip, Split
-from stages.evaluation.figures import duplicate_warnings
+from stages.evaluation.warnings import duplicate_warnings
 
 
 def clip(name: str, digest: str, split: Split, label: str = "") -> Clip:

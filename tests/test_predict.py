@@ -1,6 +1,7 @@
 """Predicting new clips, without DVC. tests/test_pipeline.py compares it with the pipeline."""
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from fusion_data import make_inputs, recipe
 from predict_runs import change, error_of, numbers, remove, rows, run_predict, word_table
 from test_transcribe import make_ctc
-from trained_run import SENTENCES, make_ensemble
+from trained_run import SENTENCES, TEMPERATURE, make_ensemble, save_ensemble
 
 from stages.commands import predict
 from stages.engine.errors import PipelineError
+from stages.engine.files import write_json
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble
 from stages.fusion.features import fold_statistics
@@ -60,6 +62,18 @@ def test_good_and_broken_clips(
     run_predict("clips/a.mp4", "--transcript", SENTENCES[0])  # alone, to stdout: the same
     alone = list(csv.DictReader(capfd.readouterr().out.splitlines()))
     assert len(alone) == 1 and numbers(alone[0]) == pytest.approx(numbers(spoken), abs=1e-5)
+
+
+def test_probabilities_are_under_the_temperature_that_evaluate_fitted(trained_copy: Path) -> None:
+    found = []
+    for temperature in (1.0, TEMPERATURE):
+        calibration = json.loads(Path("models/calibration.json").read_text()) | {"temperature": temperature}
+        write_json("models/calibration.json", calibration)
+        run_predict("clips/a.mp4", "--out", "p.csv")
+        found.append(rows(Path("p.csv"))["clips/a.mp4"])
+    raw, shown = (np.array([float(value) for name, value in row.items() if name.startswith("prob_")]) for row in found)
+    assert shown == pytest.approx(raw ** (1 / TEMPERATURE) / (raw ** (1 / TEMPERATURE)).sum(), abs=1e-5)
+    assert shown.max() < raw.max() - 1e-3 and found[0]["prediction"] == found[1]["prediction"]
 
 
 def test_no_readable_clip_is_exit_code_1(
@@ -164,6 +178,10 @@ def test_bad_arguments_are_one_line(
         (lambda: change("extractors.hubert.layers", [-9]), "modality hubert: checkpoint models/demo/hubert: layers"),
         (lambda: change("corpus.labels", ["happy", "sad"]), "params.yaml: corpus.labels: found ['happy', 'sad'], but"),
         (lambda: Path("models/self_training/ensemble.safetensors").write_bytes(b"{}"), "can't read the ensemble"),
+        (remove("models/calibration.json"), "models/calibration.json: not found; the probabilities' temperature is "
+         "made by: dvc repro evaluate"),
+        (lambda: make_ensemble(hubert=256).save(Path("models/self_training")), "models/calibration.json: made for "
+         "other models than those that are there now; run dvc repro evaluate"),
         (lambda: models_of(hubert=256), "modality hubert: the encoder gives 128 features, but the models were "),
     ],
 )
@@ -184,7 +202,7 @@ def without_weights(name: str) -> None:
 
 def models_of(**changes: int) -> None:
     shutil.rmtree("models/self_training")
-    make_ensemble(**changes).save(Path("models/self_training"))
+    save_ensemble(**changes)
 
 
 def test_params_that_are_not_those_of_the_models_are_found() -> None:

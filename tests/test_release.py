@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from predict_runs import change, error_of, numbers, remove, rows, run_predict, word_table
 from ruamel.yaml import YAML
-from trained_run import SENTENCES, make_ensemble
+from trained_run import SENTENCES, save_ensemble
 
 from stages.commands import release
 from stages.engine.errors import PipelineError
@@ -45,18 +45,22 @@ def test_what_a_bundle_holds(released: Path, trained_copy: Path) -> None:
     files = {path.relative_to(released).as_posix() for path in released.rglob("*") if path.is_file()}
     index = json.loads((released / INDEX).read_text())
     assert index["schema"] == SCHEMA and set(index["files"]) == files - {INDEX}
-    assert {"README.md", "metrics.json", "params.yaml", "ensemble/ensemble.safetensors",
-            "checkpoints/emovclip/fold-2.safetensors", "checkpoints/hubert/model.safetensors",
-            "checkpoints/baichuan/tokenizer.model"} <= files
+    assert {"README.md", "calibration.json", "details.json", "metrics.json", "params.yaml",
+            "ensemble/ensemble.safetensors", "checkpoints/emovclip/fold-2.safetensors",
+            "checkpoints/hubert/model.safetensors", "checkpoints/baichuan/tokenizer.model"} <= files
     assert not any(name.endswith((".py", ".mp4", ".csv")) for name in files)
     params = (released / "params.yaml").read_text()
     assert "somebody" not in params and "models/demo" not in params
     card = (released / "README.md").read_text()
-    metrics = json.loads((trained_copy / "reports/metrics.json").read_text())
+    details = json.loads((trained_copy / "reports/details.json").read_text())
+    test = details["final"]["test"]
     front = YAML(typ="safe").load(card.split("---")[1])
-    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(metrics["test"]["waf"], 2)
-    assert f"{metrics['test']['interval'][0]:.2f} to {metrics['test']['interval'][1]:.2f}" in card
-    for words in ("neutral, anger, happiness", "out of fold", "## Limits", "generated demo corpus", "--bundle"):
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(test["waf"], 2)
+    assert f"{test['interval'][0]:.2f} to {test['interval'][1]:.2f}" in card
+    assert "30 test (transductive) |" in card and "60 labelled, out of fold (void) |" in card
+    assert all(warning in card for warning in details["warnings"]) and "logistic regression | 30 test |" in card
+    for words in ("neutral, anger, happiness", "out of fold", "## Limits", "generated demo corpus", "--bundle",
+                  "one temperature"):
         assert words in card
 
 
@@ -67,7 +71,7 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
     description = Path("models/emovclip/trained.json")  # as if the prompts had been trained for it
     trained = json.loads(description.read_text())
     write_json(description, trained | {"checkpoint": "ViT-L-14-quickgelu / openai", "digest": ""})
-    make_ensemble().save(Path("models/self_training"))
+    save_ensemble()
     release.main([])
     row = open_bundle(Path("models/release")).params
     assert row.extractors["hubert"].options["checkpoint"] == "TencentGameMate/chinese-hubert-large"
@@ -84,11 +88,11 @@ def test_published_checkpoints_go_by_name(trained_copy: Path) -> None:
         (lambda: change("extractors.hubert.checkpoint", str(Path("models/demo/hubert").rename("../hubert"))),
          "extractors.hubert.checkpoint: .* lies outside the repository"),
         (lambda: change("transcribe.checkpoint", "models/demo/nowhere"), "models/demo/nowhere: no such folder"),
-        (remove("reports/metrics.json"), "reports/metrics.json: not found; .* dvc repro"),
-        (remove("models/self_training"), "no trained models; make them with: dvc repro self_train"),
+        (remove("reports/details.json"), "reports/details.json: not found; .* dvc repro"),
+        (remove("models/self_training"), "no trained models; make them with: dvc repro"),
         (lambda: Path("models/emovclip/trained.json").write_text("{}"), "modality emovclip: what its encoder loads "
          r"\(models/demo/clip, models/emovclip\) is gone or changed since the models .* were trained; run dvc repro"),
-        (lambda: Path("reports/metrics.json").write_text('{"seeds": 9, "folds": 3}'), "of 3 folds x 9 seeds, but"),
+        (lambda: Path("reports/details.json").write_text('{"seeds": 9, "folds": 3}'), "of 3 folds x 9 seeds, but"),
     ],
 )
 def test_what_can_not_be_released_is_one_line(trained_copy: Path, damage: Callable[[], None], expected: str) -> None:
@@ -134,8 +138,9 @@ def test_another_schema_is_refused(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["params.yaml", "ensemble/ensemble.safetensors", "checkpoints/emovclip/fold-0.safetensors", "metrics.json",
-             "checkpoints/clip/open_clip_model.safetensors", "checkpoints/hubert/preprocessor_config.json"],
+    "name", ["params.yaml", "ensemble/ensemble.safetensors", "checkpoints/emovclip/fold-0.safetensors", "details.json",
+             "calibration.json", "metrics.json", "checkpoints/clip/open_clip_model.safetensors",
+             "checkpoints/hubert/preprocessor_config.json"],
 )
 def test_a_missing_or_altered_file_is_found(bundle: Path, name: str) -> None:
     content = bytearray((bundle / name).read_bytes())

@@ -282,9 +282,9 @@ def evil_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     values["corpus"]["labels"] = labels
     YAML().dump(values, tmp_path / "params.yaml")
     run, p = read_run(labels), load()
-    predictions = figures.prediction_table(run)
+    details, predictions = figures.details(run, p), figures.prediction_table(run, 1.0)
     robustness = figures.robustness_table(run, lambda removed: (run.final.best, run.final.by_seed))
-    return render_report(run, p, figures.headline(run, p.evaluate), predictions, robustness)
+    return render_report(run, p, details, predictions, robustness)
 
 
 def test_whatever_a_corpus_says_is_only_text(evil_page: str) -> None:

@@ -2,20 +2,23 @@
 
 import contextlib
 import copy
-import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from broken_media import clip
+from fabricated_run import fabricate
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
 from stages.encoders.assembly import loaded_digest
-from stages.engine.files import write_json
+from stages.engine.files import file_digest, write_json
 from stages.engine.params import load, read_yaml
+from stages.evaluation import figures
+from stages.evaluation.artefacts import read_run
 from stages.fusion.architectures import Architecture
 from stages.fusion.ensemble import Ensemble
 from stages.train_emovclip import trained_for
@@ -24,10 +27,11 @@ ROOT = Path(__file__).parent.parent
 SENTENCES = ["我今天很高兴", "你为什么不告诉我？", "他走了，再也不会回来。"]
 DIMENSIONS = {"hubert": 128, "clip": 128, "emovclip": 64, "baichuan": 192}  # means and variances of the miniatures
 FOLDS, SEEDS = 3, (0, 1)
+TEMPERATURE = 2.0
 
 
 def make_trained(root: Path) -> None:
-    """params.yaml, models/ and reports/metrics.json below root, and three clips in root/clips."""
+    """params.yaml, models/ and reports/ below root, and three clips in root/clips."""
     values = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
     values["runtime"] |= {"device": "cpu", "workers": 2}
     values["fusion"]["seeds"] = list(SEEDS)
@@ -46,14 +50,31 @@ def make_trained(root: Path) -> None:
         save_file(prompts, root / f"models/emovclip/fold-{fold}.safetensors")
     with contextlib.chdir(root):  # where the paths in params.yaml begin
         write_json("models/emovclip/trained.json", trained_for(load().emovclip, FOLDS))
-        make_ensemble().save(Path("models/self_training"))
-    metrics = json.loads((ROOT / "reports/metrics.json").read_text()) | {"seeds": len(SEEDS), "folds": FOLDS}
-    (root / "reports").mkdir()
-    (root / "reports/metrics.json").write_text(json.dumps(metrics))
+        save_ensemble()
+    write_details(root / "reports")
     (root / "clips").mkdir()
     clip(root / "clips/a.mp4", count=30, seconds=1.2)
     clip(root / "clips/b.mkv", count=20, seconds=0.8, size=(400, 300))
     shutil.copyfile(root / "clips/a.mp4", root / "clips/c.mp4")
+
+
+def save_ensemble(**changes: int) -> None:
+    """models/self_training and its temperature, in the working directory. changes: of DIMENSIONS."""
+    make_ensemble(**changes).save(Path("models/self_training"))
+    digest = file_digest("models/self_training/ensemble.safetensors")
+    write_json("models/calibration.json", {"temperature": TEMPERATURE, "ensemble": digest})
+
+
+def write_details(folder: Path) -> None:
+    """details.json and metrics.json as evaluate writes them, of predictions that are not these models'."""
+    with tempfile.TemporaryDirectory() as temporary:
+        with contextlib.chdir(ROOT):
+            fabricate(Path(temporary), frames=False)
+        with contextlib.chdir(temporary):
+            p = load()
+            details = figures.details(read_run(p.corpus.labels), p)
+    write_json(folder / "details.json", details | {"seeds": len(SEEDS), "folds": FOLDS})
+    write_json(folder / "metrics.json", figures.headline(details))
 
 
 def make_ensemble(**changes: int) -> Ensemble:

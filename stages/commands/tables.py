@@ -5,7 +5,7 @@
 
 Each row is one `dvc exp run` of the experiment tables-<row>-<key>: params.yaml as it stands but for what the row
 names. Afterwards params.yaml is put back byte for byte and `dvc repro` brings the workspace's own results back from the
-run cache. A row's metrics are kept in .cache/tables/<key>.json, the key a hash of every parameter that the row runs
+run cache. A row's details.json is kept in .cache/tables/<key>.json, the key a hash of every parameter that the row runs
 with, of the code and of the corpus: a row that is up to date is read from there, and one that a kill cut short starts
 from what DVC and the stages had finished.
 """
@@ -131,7 +131,7 @@ def dvc(*arguments: str) -> None:
 
 
 def run_row(row: Row, key: str, position: str) -> dict[str, Any]:
-    """The row's metrics.json, from a `dvc exp run` in the workspace; params.yaml is left changed."""
+    """The row's details.json, from a `dvc exp run` in the workspace; params.yaml is left changed."""
     experiment = f"tables-{row.name}-{key}"
     print(f"tables: {position} {row.title} ({experiment})", flush=True)
     listed = subprocess.run(["dvc", "exp", "list", "--all-commits", "--name-only"], capture_output=True, text=True)
@@ -139,22 +139,22 @@ def run_row(row: Row, key: str, position: str) -> dict[str, Any]:
         dvc("exp", "remove", "--quiet", experiment)
     settings = [f"{name}={json.dumps(value)}" for name, value in row.changes.items()]
     dvc("exp", "run", "--name", experiment, *(part for setting in settings for part in ("-S", setting)))
-    return read_metrics()
+    return read_details()
 
 
-def read_metrics() -> dict[str, Any]:
-    return json.loads(Path("reports/metrics.json").read_text(encoding="utf-8"))
+def read_details() -> dict[str, Any]:
+    return json.loads(Path("reports/details.json").read_text(encoding="utf-8"))
 
 
 def collect(wanted: list[Row]) -> dict[str, dict[str, Any]]:
-    """row name -> metrics.json, of every row that is wanted or up to date; runs the wanted ones that are not."""
+    """row name -> details.json, of every row that is wanted or up to date; runs the wanted ones that are not."""
     check_aside()
     dvc("repro", "--quiet")
     own = Path("params.yaml").read_bytes()
     params, lock = read_yaml("params.yaml"), read_yaml("dvc.lock")
     keys = {row.name: row_key(changed(params, row.changes), lock) for row in (*TABLE_1, *TABLE_2)
             if possible(row, params)}
-    keep(row_key(params, lock), read_metrics())  # a row may be what the workspace holds already
+    keep(row_key(params, lock), read_details())  # a row may be what the workspace holds already
     todo = [row for row in wanted if row.name in keys and not record(keys[row.name]).exists()]
     if todo:
         ASIDE.write_bytes(own)
@@ -193,8 +193,8 @@ def cells(figures: Mapping[str, Any] | None) -> list[str]:
     """Cross-validated WAF at the best and the last epoch, and on the test clips, with deviations over seeds."""
     if figures is None:
         return ["not run"] * 3
-    found = [(figures["cv"], "waf_best_epoch"), (figures["cv"], "waf_last_epoch"), (figures.get("test"), "waf")]
-    return [f"{block[name]:.2f} ± {block[f'{name}_std']:.2f}" if block else "–" for block, name in found]
+    blocks = [figures["final"].get(name) for name in ("best_epoch", "last_epoch", "test")]
+    return [f"{block['waf']:.2f} ± {block['waf_std']:.2f}" if block else "–" for block in blocks]
 
 
 def pair(figures: Pair | None) -> str:
@@ -214,8 +214,8 @@ def table(rows: tuple[Row, ...], found: Mapping[str, Any], baseline: bool) -> li
 
 def leak(found: Mapping[str, Any]) -> str:
     """How far the cross-validation lies above the test, with leaky prompts and without."""
-    gaps = [found[name]["cv"]["waf_best_epoch"] - found[name]["test"]["waf"] for name in ("leaky", "p30")
-            if "test" in found.get(name, {})]
+    blocks = [found[name]["final"] for name in ("leaky", "p30") if name in found]
+    gaps = [block["best_epoch"]["waf"] - block["test"]["waf"] for block in blocks if "test" in block]
     if len(gaps) < 2:
         return "How far a leaked cross-validation lies above the test: needs the rows p30 and leaky, and a test."
     return ("Cross-validation (best epoch) minus test: {:+.2f} with leaky prompts, {:+.2f} without, a difference of "
@@ -223,7 +223,7 @@ def leak(found: Mapping[str, Any]) -> str:
 
 
 def render(found: Mapping[str, Any], adapter: str) -> str:
-    """reports/tables.md. found: row name -> metrics.json."""
+    """reports/tables.md. found: row name -> details.json."""
     any_row = next(iter(found.values()))
     clips = any_row["clips"]
     lines = [

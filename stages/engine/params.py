@@ -225,6 +225,7 @@ class Evaluate(Section):
     bootstrap: Positive
     seed: NonNegative
     missing: Literal["report", "off"]
+    calibrate: Literal["none", "temperature"]
 
 
 class Device(Section):

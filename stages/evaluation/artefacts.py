@@ -15,17 +15,26 @@ from safetensors import SafetensorError, safe_open
 from stages.engine.errors import PipelineError, one_line
 
 UNKNOWN = -1  # the class index of a clip whose truth is not known
+BASELINES = ("majority", "logistic_regression")  # what the stage baselines predicts, simplest first
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Softmax outputs of one ensemble of S seeds x F folds."""
+    """Softmax outputs of one ensemble of S seeds x F folds, whose models stand at the epoch of fusion.epoch."""
 
-    labelled: list[str]      # clip ids of the rows of best and last
+    labelled: list[str]      # clip ids of the rows of best, last and own
     others: list[str]        # clip ids, unlabelled and test, of the rows of votes
     best: np.ndarray         # (S, labelled, L) by the clip's own fold's model at that fold's best epoch
     last: np.ndarray         # (S, labelled, L) the same at the last epoch
-    votes: np.ndarray        # (S, F, others, L) every fold's model at its best epoch
+    own: np.ndarray          # (S, labelled, L) the same at the ensemble's epoch
+    votes: np.ndarray        # (S, F, others, L) every fold's model at the ensemble's epoch
+    epoch: str               # fusion.epoch: best, common or last
+
+    @property
+    def out_of_fold(self) -> np.ndarray:
+        """(S, labelled, L) what is scored out of fold: at the ensemble's epoch, or at the last one where each fold's
+        model stands at the epoch that is best on the very clips that would be scored."""
+        return self.last if self.epoch == "best" else self.own
 
     @property
     def by_seed(self) -> np.ndarray:
@@ -39,6 +48,14 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Probabilities of one of BASELINES, rows as those of Predictions."""
+
+    out_of_fold: np.ndarray  # (S, labelled, L) by the clip's own fold's model
+    by_seed: np.ndarray      # (S, others, L) the equal-weight mean over the folds' models
+
+
+@dataclass(frozen=True)
 class Run:
     """One finished run of the pipeline, in one order of clips. Class indices follow `labels`."""
 
@@ -49,6 +66,7 @@ class Run:
     truth: np.ndarray                  # (others,) class where known, else UNKNOWN
     final: Predictions                 # models/self_training: the models that predict
     round0: Predictions                # models/fusion: before self-training
+    baselines: dict[str, Baseline]     # by name, of BASELINES
     rounds: pd.DataFrame               # reports/rounds.csv
     round_probabilities: np.ndarray    # (R + 1, S, test, L) ensemble of each round
     pseudo_labels: pd.DataFrame        # reports/pseudo_labels.csv
@@ -56,7 +74,17 @@ class Run:
     skipped: pd.DataFrame              # reports/skipped.csv
     duplicates: pd.DataFrame           # data/duplicates.csv
     modalities: list[str]
+    by_group: list[str]                # those of them that are standardised by group
     leaky: bool                        # some encoder has learned from every fold's labels
+
+    @property
+    def self_trained(self) -> bool:
+        """Whether the final models are others than round 0's."""
+        return not np.array_equal(self.final.votes, self.round0.votes)
+
+    def groups(self, clips: list[str]) -> np.ndarray:
+        """The group of each clip, "" where it has none."""
+        return self.manifest.loc[clips, "group"].to_numpy(dtype=str)
 
     def split(self, name: str) -> np.ndarray:
         """Positions among `others` of the clips of the split `unlabelled` or `test`."""
@@ -83,8 +111,8 @@ def read_run(labels: list[str]) -> Run:
     rounds_path = Path("models/self_training/rounds.safetensors")
     test = int((manifest["split"] == "test").sum())
     probabilities = _tensor(rounds_path, "test_probabilities", (None, len(final.best), test, len(labels)))
-    modalities = json.loads(read_text(Path("models/self_training/ensemble.json")))["modalities"]
-    names = [modality["name"] for modality in modalities]
+    ensemble = json.loads(read_text(Path("models/self_training/ensemble.json")))
+    names = [modality["name"] for modality in ensemble["modalities"]]
     sources = json.loads(read_text(Path("data/modalities.json")))["modalities"]
     return Run(
         labels=labels,
@@ -94,6 +122,7 @@ def read_run(labels: list[str]) -> Run:
         truth=_classes(truth_path, [truth.get(clip, "") for clip in final.others], index),
         final=final,
         round0=round0,
+        baselines=read_baselines(Path("models/baselines"), round0),
         rounds=read_csv(Path("reports/rounds.csv")),
         round_probabilities=probabilities,
         pseudo_labels=read_csv(Path("reports/pseudo_labels.csv"), text=True).astype(
@@ -102,24 +131,40 @@ def read_run(labels: list[str]) -> Run:
         skipped=read_csv(Path("reports/skipped.csv"), text=True),
         duplicates=read_duplicates(),
         modalities=names,
+        by_group=ensemble["by_group"]["modalities"],
         leaky=any(m["leaky"] for m in sources if m["name"] in names),
     )
 
 
 def read_predictions(folder: Path, manifest: pd.DataFrame, classes: int) -> Predictions:
     """Read predictions.safetensors and clips.csv of one ensemble and check them against the manifest."""
-    clips = read_csv(folder / "clips.csv", text=True)
-    labelled = clips.loc[clips["split"] == "labelled", "clip_id"].tolist()
-    others = clips.loc[clips["split"] != "labelled", "clip_id"].tolist()
-    expected = [*manifest.index[manifest["split"] == "labelled"], *manifest.index[manifest["split"] != "labelled"]]
-    if labelled + others != expected:
-        raise PipelineError(f"{folder / 'clips.csv'}: found {len(clips)} clips that are not those of "
-                            f"data/manifest.csv ({len(expected)}) in its order; run dvc repro")
+    is_labelled = manifest["split"] == "labelled"
+    labelled, others = manifest.index[is_labelled].tolist(), manifest.index[~is_labelled].tolist()
+    check_clips(folder / "clips.csv", labelled + others)
     path = folder / "predictions.safetensors"
     best = _tensor(path, "out_of_fold_best", (None, len(labelled), classes))
     last = _tensor(path, "out_of_fold_last", (len(best), len(labelled), classes))
+    own = _tensor(path, "out_of_fold", (len(best), len(labelled), classes))
     votes = _tensor(path, "votes", (len(best), None, len(others), classes))
-    return Predictions(labelled, others, best, last, votes)
+    epoch = json.loads(read_text(folder / "ensemble.json"))["epoch"]["chosen"]
+    return Predictions(labelled, others, best, last, own, votes, epoch)
+
+
+def check_clips(path: Path, expected: list[str]) -> None:
+    """Raises PipelineError where the rows of predictions are not the clips of the manifest."""
+    clips = read_csv(path, text=True)["clip_id"].tolist()
+    if clips != expected:
+        raise PipelineError(f"{path}: found {len(clips)} clips that are not those of data/manifest.csv "
+                            f"({len(expected)}) in its order; run dvc repro")
+
+
+def read_baselines(folder: Path, like: Predictions) -> dict[str, Baseline]:
+    """What the stage baselines predicts for the same clips and with as many classes as the ensembles."""
+    check_clips(folder / "clips.csv", like.labelled + like.others)
+    path, classes = folder / "predictions.safetensors", like.best.shape[-1]
+    return {name: Baseline(_tensor(path, f"{name}.out_of_fold", (None, len(like.labelled), classes)),
+                           _tensor(path, f"{name}.others", (None, len(like.others), classes)))
+            for name in BASELINES}
 
 
 def read_transcripts(run: Run) -> dict[str, str]:

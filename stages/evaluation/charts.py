@@ -50,6 +50,19 @@ def curves_chart(table: pd.DataFrame) -> dict[str, Any]:
     return _finish(alt.hconcat(left, right).resolve_scale(color="independent"))
 
 
+def reliability_chart(table: pd.DataFrame) -> dict[str, Any]:
+    """Accuracy against confidence by bin, a line per value of the column `line`, over the diagonal."""
+    percent = alt.Scale(domain=[0, 100])
+    diagonal = alt.Chart(pd.DataFrame({"confidence": [0, 100], "accuracy": [0, 100]})).mark_line(
+        color="#d1d5db").encode(x=alt.X("confidence:Q", scale=percent, title="mean probability of the label (%)"),
+                                y=alt.Y("accuracy:Q", scale=percent, title="of these are right (%)"))
+    lines = alt.Chart(table.round({"confidence": 2, "accuracy": 2})).mark_line(point=True).encode(
+        x="confidence:Q", y="accuracy:Q", color=alt.Color("line:N", title=None, sort=None,
+                                                          legend=alt.Legend(orient="bottom", labelLimit=300)),
+        tooltip=["line:N", "confidence:Q", "accuracy:Q", "clips:Q"])
+    return _finish((diagonal + lines).properties(width=360, height=300))
+
+
 def robustness_chart(table: pd.DataFrame) -> dict[str, Any]:
     """Bars of WAF by what is left, with whiskers of one deviation over seeds, best first."""
     split = "test" if "test_waf" in table else "cv"

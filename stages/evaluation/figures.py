@@ -1,20 +1,19 @@
-"""The figures of reports/metrics.json and the tables beside it, from a Run; pure, and all in percent.
+"""The figures of reports/metrics.json and details.json and the tables beside them, from a Run; pure, all in percent.
 
-With several seeds a figure is the mean over them, and `..._std` the sample deviation. What each one is:
+details.json has a block per prediction and set of clips, each with the protocol that it was computed by:
 
-cv.waf_best_epoch    each fold's validation WAF at the epoch that is best on that same validation part, mean
-                     over folds: the Train&Val score of the paper and the MER2024 baseline. Optimistic.
-cv.waf_last_epoch    the same at the last epoch: no epoch was picked.
-cv.out_of_fold_waf   WAF of all labelled clips at once, each predicted by its own fold's model at the last
-                     epoch. cv.interval, cv.accuracy and cv.per_class belong to these predictions.
-test.waf             each fold's model at its best epoch, the equal-weight mean of the folds' softmaxes [choice:
-                     the baseline averages their logits], over the test clips whose truth is known (test.clips of
-                     them), with test.interval.
-test.ensemble_waf    the seeds' softmaxes averaged too: what predictions.csv and submission.csv hold.
-unlabelled           like test, over the unlabelled clips whose truth is known.
-round0               the same figures before self-training. From round 1 on, cv is a little optimistic: the
-                     pseudo-labels come from an ensemble whose other folds have seen this fold's labels.
-pseudo_labels        accuracy over those whose truth is known; count per seed, mean.
+final, round0        the fusion as it predicts, and as it was before self-training
+majority, logistic_regression    the baselines on the same folds and clips
+  .test, .unlabelled   the clips whose truth is known: waf (mean over seeds), waf_std (sample deviation over them),
+                       interval, accuracy, uar, per_class; ensemble_waf: the seeds' probabilities averaged too, which is
+                       what predictions.csv and submission.csv hold
+  .out_of_fold         the same of all labelled clips at once
+  .last_epoch, .best_epoch   mean over folds of each fold's own WAF
+  .over                WAF minus a baseline's, with the interval of paired resamples
+calibration          expected calibration error before and after the temperature
+pseudo_labels        accuracy over those whose truth is known; count per seed, mean
+
+metrics.json has what people compare of it, under short names, so that `dvc metrics show` fits a terminal.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,65 +23,146 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.engine.params import Evaluate
+from stages.engine.params import Evaluate, FusionParams
 from stages.evaluation import metrics
-from stages.evaluation.artefacts import Predictions, Run
+from stages.evaluation.artefacts import Baseline, Predictions, Run
+from stages.evaluation.calibration import BINS, calibration_error, fit_temperature, tempered
+from stages.evaluation.protocol import protocol_of, units, words
+from stages.evaluation.warnings import warnings
 
-SHOWN = 5  # examples in a warning
 SUBMISSION_NAMES = {"anger": "angry", "happiness": "happy", "sadness": "sad", "worry": "worried"}  # MER's spelling
 
 
-def headline(run: Run, p: Evaluate) -> dict[str, Any]:
-    """The content of metrics.json. Blocks without any known truth are left out."""
-    figures: dict[str, Any] = {"cv": cross_validation(run, run.final), "round0": {"cv": brief_cv(run, run.round0)}}
-    called = run.final.last.argmax(-1)
-    figures["cv"]["interval"] = list(
-        metrics.bootstrap_interval(run.actual, called, len(run.labels), p.bootstrap, p.seed))
-    for split in ("test", "unlabelled"):
-        known = run.known(split)
-        if known.size:
-            figures[split] = ensemble_scores(run, run.final, known)
-            called = run.final.by_seed[:, known].argmax(-1)
-            figures[split]["interval"] = list(
-                metrics.bootstrap_interval(run.truth[known], called, len(run.labels), p.bootstrap, p.seed))
-            before = ensemble_scores(run, run.round0, known)
-            figures["round0"][split] = {key: before[key] for key in ("waf", "waf_std", "ensemble_waf", "accuracy")}
+def details(run: Run, p: FusionParams) -> dict[str, Any]:
+    """The content of details.json. Blocks without any known truth are left out."""
+    protocol = protocol_of(run, p)
+    models, on = protocol.lead(run)
+    figures: dict[str, Any] = {"lead": {"models": models, "on": on}}
+    for name, predictions in (("final", run.final), ("round0", run.round0)):
+        blocks = scores(run, predictions, p.evaluate)
+        for block in blocks:
+            blocks[block]["over"] = {
+                baseline: difference(run, predictions, other, block, p.evaluate)
+                for baseline, other in run.baselines.items()}
+        for split in blocks.keys() - {"out_of_fold"}:
+            called = predictions.ensemble[run.known(split)].argmax(-1)
+            blocks[split]["ensemble_waf"] = float(metrics.waf(run.truth[run.known(split)], called, len(run.labels)))
+        figures[name] = blocks | by_fold(run, predictions)
+    for name, baseline in run.baselines.items():
+        figures[name] = scores(run, baseline, p.evaluate)
+    for name in ("final", "round0", *run.baselines):
+        for block in figures[name]:
+            figures[name][block]["protocol"] = words(run, p, protocol, name, block)
+    figures["calibration"] = calibration(run, p.evaluate)
     figures["pseudo_labels"] = pseudo_label_scores(run)
-    figures["leaky"] = run.leaky
+    figures |= {"leaky": protocol.leaky, "void": protocol.void, "transductive": protocol.transductive}
     figures["seeds"], figures["folds"] = run.final.votes.shape[:2]
     figures["clips"] = {split: int((run.manifest["split"] == split).sum())
                         for split in ("labelled", "unlabelled", "test")}
-    return rounded(figures)
+    return rounded(figures) | {"warnings": warnings(run, p, figures)}
 
 
-def brief_cv(run: Run, predictions: Predictions) -> dict[str, float]:
-    """The three cross-validated WAFs and their deviations over seeds."""
-    classes, figures = len(run.labels), {}
-    best, last = predictions.best.argmax(-1), predictions.last.argmax(-1)
-    for name, values in (
-        ("waf_best_epoch", metrics.waf_by_fold(run.actual, best, run.folds, classes)),
-        ("waf_last_epoch", metrics.waf_by_fold(run.actual, last, run.folds, classes)),
-        ("out_of_fold_waf", metrics.waf(run.actual, last, classes)),
-    ):
-        figures[name], figures[f"{name}_std"] = metrics.mean_and_deviation(values)
-    return figures
+def headline(figures: dict[str, Any]) -> dict[str, Any]:
+    """The content of metrics.json from that of details.json; what is not known is left out.
+
+    Cross-validation is that of round 0 where after self-training it is void. WAF has two decimals, as the paper prints
+    it; one of the others, and names of two to five letters, keep `dvc metrics show` within 100 columns.
+    """
+    lead = figures[figures["lead"]["models"]][figures["lead"]["on"]]
+    cv = figures["round0" if figures["void"] else "final"]
+    on = "test" if "test" in figures["final"] else "out_of_fold"
+    found = {
+        "test": figures["final"].get("test", {}).get("waf"),
+        "lo": lead["interval"][0],
+        "hi": lead["interval"][1],
+        "acc": lead["accuracy"],
+        "uar": lead["uar"],
+        "last": cv["last_epoch"]["waf"],
+        "oof": cv["out_of_fold"]["waf"],
+        "best": cv["best_epoch"]["waf"],
+        "r0": figures["round0"][on]["waf"],
+        "logr": figures["logistic_regression"][on]["waf"],
+    }
+    short = {name: round(value, 1 if name in ("lo", "hi", "acc", "uar") else 2)
+             for name, value in found.items() if value is not None}
+    flags = {(False, False): "none", (True, False): "leaky", (False, True): "trans", (True, True): "both"}
+    return {**{name: 100 if value == 100 else value for name, value in short.items()},  # 100.0 is wider than 99.9
+            "flags": flags[figures["leaky"], bool(figures["transductive"])]}
 
 
-def cross_validation(run: Run, predictions: Predictions) -> dict[str, Any]:
-    """brief_cv, and accuracy and per-class scores of the out-of-fold predictions of the last epoch."""
-    counts = metrics.confusion_counts(run.actual, predictions.last.argmax(-1), len(run.labels))
-    return {**brief_cv(run, predictions), "accuracy": float(metrics.accuracy_of_counts(counts).mean()),
-            "per_class": metrics.per_class(counts, run.labels)}
+def scored(run: Run, block: str) -> tuple[np.ndarray, list[str]]:
+    """The classes and the ids of the clips that a block scores: out_of_fold, test or unlabelled."""
+    if block == "out_of_fold":
+        return run.actual, run.final.labelled
+    known = run.known(block)
+    return run.truth[known], [run.final.others[i] for i in known]
 
 
-def ensemble_scores(run: Run, predictions: Predictions, known: np.ndarray) -> dict[str, Any]:
-    """WAF, accuracy and per-class scores at the positions `known` of the unlabelled or test clips."""
-    counts = metrics.confusion_counts(run.truth[known], predictions.by_seed[:, known].argmax(-1), len(run.labels))
-    mean, deviation = metrics.mean_and_deviation(metrics.waf_of_counts(counts))
-    ensemble = metrics.waf(run.truth[known], predictions.ensemble[known].argmax(-1), len(run.labels))
-    return {"waf": mean, "waf_std": deviation, "ensemble_waf": float(ensemble),
+def called(run: Run, predictions: Predictions | Baseline, block: str) -> np.ndarray:
+    """(S, N) the classes that each seed's models call the clips of a block."""
+    if block == "out_of_fold":
+        return predictions.out_of_fold.argmax(-1)
+    return predictions.by_seed[:, run.known(block)].argmax(-1)
+
+
+def scores(run: Run, predictions: Predictions | Baseline, p: Evaluate) -> dict[str, dict[str, Any]]:
+    """The blocks out_of_fold, and test and unlabelled where the truth of a clip is known."""
+    blocks = {}
+    for block in ("test", "unlabelled", "out_of_fold"):
+        actual, clips = scored(run, block)
+        if not clips:
+            continue
+        rows, groups = called(run, predictions, block), run.groups(clips)
+        counts = metrics.confusion_counts(actual, rows, len(run.labels))
+        mean, deviation = metrics.mean_and_deviation(metrics.waf_of_counts(counts))
+        interval = metrics.bootstrap_interval(actual, rows, len(run.labels), p.bootstrap, p.seed, groups)
+        blocks[block] = {
+            "waf": mean, "waf_std": deviation, "interval": list(interval), "resampled": units(groups),
             "accuracy": float(metrics.accuracy_of_counts(counts).mean()),
-            "per_class": metrics.per_class(counts, run.labels), "clips": int(known.size)}
+            "uar": float(metrics.uar_of_counts(counts).mean()), "clips": len(clips),
+            "per_class": metrics.per_class(counts, run.labels),
+        }
+    return blocks
+
+
+def difference(run: Run, predictions: Predictions, baseline: Baseline, block: str, p: Evaluate) -> dict[str, Any]:
+    """WAF over a baseline's on the clips of a block, with the interval of paired resamples."""
+    actual, clips = scored(run, block)
+    ours, theirs = (called(run, rows, block) for rows in (predictions, baseline))
+    gain = metrics.waf(actual, ours, len(run.labels)).mean() - metrics.waf(actual, theirs, len(run.labels)).mean()
+    interval = metrics.paired_interval(actual, ours, theirs, len(run.labels), p.bootstrap, p.seed, run.groups(clips))
+    return {"waf": float(gain), "interval": list(interval)}
+
+
+def by_fold(run: Run, predictions: Predictions) -> dict[str, dict[str, Any]]:
+    """The blocks last_epoch and best_epoch: mean over folds of each fold's own WAF, and its deviation over seeds."""
+    blocks = {}
+    for name, probabilities in (("last_epoch", predictions.last), ("best_epoch", predictions.best)):
+        values = metrics.waf_by_fold(run.actual, probabilities.argmax(-1), run.folds, len(run.labels))
+        mean, deviation = metrics.mean_and_deviation(values)
+        blocks[name] = {"waf": mean, "waf_std": deviation}
+    return blocks
+
+
+def calibration_sets(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(probabilities (N, L), classes) of the seeds' mean: out of fold at the ensemble's epoch, and known test clips."""
+    sets = {"out_of_fold": (run.final.own.mean(axis=0), run.actual)}
+    if (known := run.known("test")).size:
+        sets["test"] = run.final.ensemble[known], run.truth[known]
+    return sets
+
+
+def calibration(run: Run, p: Evaluate) -> dict[str, Any]:
+    """The temperature, and ECE of the ensemble's probabilities before and after it, where the truth is known."""
+    sets = calibration_sets(run)
+    temperature = fit_temperature(*sets["out_of_fold"]) if p.calibrate == "temperature" else 1.0
+    errors = {name: {"before": calibration_error(probabilities, actual),
+                     "after": calibration_error(tempered(probabilities, temperature), actual)}
+              for name, (probabilities, actual) in sets.items()}
+    return {"temperature": temperature, **errors,
+            "protocol": f"expected calibration error in {BINS} bins of the probability of the label that is called, "
+                        f"seeds averaged; the temperature is fitted on the out-of-fold probabilities, so only the "
+                        f"test's `after` shows what it does for other clips."}
 
 
 def pseudo_label_correct(run: Run) -> pd.Series:
@@ -100,20 +180,20 @@ def pseudo_label_scores(run: Run) -> dict[str, Any]:
     return {**scores, "accuracy": 100 * float(correct.mean())} if correct.notna().any() else scores
 
 
-def prediction_table(run: Run) -> pd.DataFrame:
+def prediction_table(run: Run, temperature: float) -> pd.DataFrame:
     """One row per clip in manifest order: clip_id, split, prediction, prob_<label>, confidence, votes.
 
-    Labelled clips: the seeds' mean out-of-fold softmax at the last epoch; votes: how many seeds agree.
-    Others: the equal-weight mean of all fold models' softmaxes; votes: how many of the S x F models agree.
+    Labelled clips: the seeds' mean out-of-fold softmax; votes: how many seeds agree. Others: the equal-weight mean of
+    all fold models' softmaxes; votes: how many of the S x F models agree. Both under the temperature.
     """
-    probabilities = np.concatenate([run.final.last.mean(axis=0), run.final.ensemble])
-    called = probabilities.argmax(-1)
-    agree = [(run.final.last.argmax(-1) == called[: len(run.actual)]).sum(axis=0),
-             (run.final.votes.argmax(-1) == called[len(run.actual):]).sum(axis=(0, 1))]
+    raw = np.concatenate([run.final.out_of_fold.mean(axis=0), run.final.ensemble])
+    chosen, probabilities = raw.argmax(-1), tempered(raw, temperature)
+    agree = [(run.final.out_of_fold.argmax(-1) == chosen[: len(run.actual)]).sum(axis=0),
+             (run.final.votes.argmax(-1) == chosen[len(run.actual):]).sum(axis=(0, 1))]
     table = pd.DataFrame(probabilities, columns=[f"prob_{label}" for label in run.labels])
     table.insert(0, "clip_id", run.final.labelled + run.final.others)
     table.insert(1, "split", run.manifest.loc[table["clip_id"], "split"].to_numpy())
-    table.insert(2, "prediction", np.array(run.labels)[called])
+    table.insert(2, "prediction", np.array(run.labels)[chosen])
     table["confidence"] = probabilities.max(axis=-1)
     table["votes"] = np.concatenate(agree)
     return table.set_index("clip_id").loc[run.manifest.index].reset_index()
@@ -183,45 +263,6 @@ def robustness_table(run: Run, predict: Callable[[frozenset[str]], tuple[np.ndar
     return pd.DataFrame(rows)
 
 
-def warnings(run: Run, rounds_asked: int, k: int) -> list[str]:
-    """What a reader must know before trusting the figures: fallbacks that were taken, and too few clips."""
-    found = duplicate_warnings(run.duplicates)
-    counts = run.manifest["split"].value_counts()
-    if rounds_asked and not counts.get("unlabelled", 0):
-        found.append("The corpus has no unlabelled clips.")
-    last = int(run.rounds["round"].max())
-    if last < rounds_asked:
-        found.append(f"Self-training stopped after round {last} of {rounds_asked}: no candidate was left.")
-    for label in run.labels:
-        added = run.rounds.loc[run.rounds["round"] > 0, f"added_{label}"]
-        if (short := int((added < k).sum())):
-            found.append(f"{short} of {len(added)} rounds added fewer than k = {k} clips of {label}.")
-    for split in ("test", "unlabelled"):
-        known, total = run.known(split).size, run.split(split).size
-        if 0 < known < total:
-            found.append(f"The truth of {known} of {total} {split} clips is known; the others are not scored.")
-    scored = run.truth[run.known("test")]
-    if scored.size:
-        absent = [label for position, label in enumerate(run.labels) if not (scored == position).any()]
-        if absent:
-            found.append(f"No scored test clip is labelled {', '.join(absent)}.")
-    return found
-
-
-def duplicate_warnings(duplicates: pd.DataFrame) -> list[str]:
-    """One line per problem of data/duplicates.csv, with examples."""
-    found = []
-    for problem, text in (("train and test", "in training and in test: the test figures are too high"),
-                          ("two labels", "under two labels: one of them is wrong")):
-        rows = duplicates[duplicates["problem"].str.contains(problem, regex=False)]
-        groups = [" = ".join(group) for _, group in rows.groupby("digest", sort=False)["clip_id"]]
-        if groups:
-            shown = ", ".join(groups[:SHOWN]) + (" ..." if len(groups) > SHOWN else "")
-            found.append(f"{len(groups)} clip{'s' * (len(groups) > 1)} with the same bytes {text} ({shown}; all in "
-                         f"data/duplicates.csv).")
-    return found
-
-
 def rounded(value: Any) -> Any:
     """Every float to 4 decimals of a percent, through dicts and lists."""
     if isinstance(value, dict):
@@ -229,5 +270,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value
-
-

@@ -18,15 +18,17 @@ import vl_convert
 from markupsafe import Markup
 
 from stages.engine.params import FusionParams
-from stages.evaluation import charts, figures
+from stages.evaluation import charts, figures, protocol
 from stages.evaluation.agreement import agreement
 from stages.evaluation.artefacts import Predictions, Run, read_rankings, read_transcripts
+from stages.evaluation.calibration import BINS, reliability, tempered
 from stages.evaluation.thumbnails import thumbnails
 
 MISTAKES = 40       # shown, most confidently wrong first
 PSEUDO_LABELS = 500  # shown, in order of selection
 SKIPPED = 500       # shown
 TRANSCRIPT = 300    # characters shown
+PLACES = {"test": "test", "out_of_fold": "out of fold"}  # of the comparison with the baselines
 DRAW = """
 for (const element of document.querySelectorAll("[data-spec]")) {
   const spec = JSON.parse(document.getElementById(element.dataset.spec).textContent);
@@ -35,9 +37,9 @@ for (const element of document.querySelectorAll("[data-spec]")) {
 """
 
 
-def render_report(run: Run, p: FusionParams, headline: dict[str, Any], predictions: pd.DataFrame,
+def render_report(run: Run, p: FusionParams, details: dict[str, Any], predictions: pd.DataFrame,
                   robustness: pd.DataFrame | None) -> str:
-    """The whole page. headline: metrics.json's content; predictions: figures.prediction_table."""
+    """The whole page. details: details.json's content; predictions: figures.prediction_table."""
     transcripts, rankings = read_transcripts(run), read_rankings()
     wrong, pseudo = mistakes(run, predictions), pseudo_labels(run)
     shown = [row["clip_id"] for row in wrong["rows"] + pseudo["rows"]]
@@ -52,6 +54,7 @@ def render_report(run: Run, p: FusionParams, headline: dict[str, Any], predictio
         "confusion": charts.confusion_chart(confusion, run.labels),
         "rounds": charts.rounds_chart(figures.rounds_table(run)),
         "curves": charts.curves_chart(figures.curves_table(run)),
+        "reliability": charts.reliability_chart(reliability_table(run, details["calibration"]["temperature"])),
     }
     if robustness is not None and len(robustness) > 1:
         specs["robustness"] = charts.robustness_chart(robustness)
@@ -59,12 +62,18 @@ def render_report(run: Run, p: FusionParams, headline: dict[str, Any], predictio
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(
-        run=run, p=p, figures=headline, split=split, specs=specs, wrong=wrong, pseudo=pseudo,
+        run=run, p=p, figures=details, split=split, specs=specs, wrong=wrong, pseudo=pseudo,
         robustness=robustness is not None and robustness.to_dict("records"),
         colors={label: charts.COLORS[i % len(charts.COLORS)] for i, label in enumerate(run.labels)},
         voices=agreement(run, predictions),
         skipped=run.skipped.head(SKIPPED).to_dict("records"),
-        warnings=figures.warnings(run, p.self_training.rounds, p.self_training.k),
+        rows=[*run.baselines, "round0", *(["final"] if run.self_trained else [])],
+        row_names={"majority": "most frequent class", "logistic_regression": "logistic regression",
+                   "round0": "fusion" + (", before self-training" if run.self_trained else ""),
+                   "final": "fusion, after self-training"},
+        places=[name for name in PLACES if name in details["final"]], place_names=PLACES,
+        standardisation=protocol.standardisation(run, p), epoch=protocol.EPOCHS[run.final.epoch], bins=BINS,
+        warnings=details["warnings"],
         scripts=[Markup(script) for script in (bundle, DRAW)],
         hashes=[script_hash(script) for script in (bundle, DRAW)],
     )
@@ -75,6 +84,16 @@ def script_hash(script: str) -> str:
     if "</script" in script.lower() or "<!--" in script:
         raise ValueError("a script of the report holds </script or <!--: it can't be inlined")
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def reliability_table(run: Run, temperature: float) -> pd.DataFrame:
+    """calibration.reliability before and after the temperature, of the test clips or, without truth, out of fold."""
+    sets = figures.calibration_sets(run)
+    probabilities, actual = sets.get("test", sets["out_of_fold"])
+    tables = {"before": reliability(probabilities, actual)}
+    if temperature != 1:
+        tables["after the temperature"] = reliability(tempered(probabilities, temperature), actual)
+    return pd.concat(tables, names=["line"]).reset_index("line").reset_index(drop=True)
 
 
 def mistakes(run: Run, predictions: pd.DataFrame) -> dict[str, Any]:

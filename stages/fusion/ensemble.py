@@ -204,7 +204,7 @@ def curve_table(number: int, outputs: Outputs) -> pd.DataFrame:
 
 
 def cross_validation(inputs: Inputs, outputs: Outputs) -> dict[str, float]:
-    """WAF in percent, as metrics.json has it: means and sample deviations over seeds."""
+    """WAF in percent, as details.json has it: means and sample deviations over seeds."""
     actual, folds = inputs.labels[inputs.labelled], inputs.folds[inputs.labelled]
     figures: dict[str, float] = {}
     for name, probabilities in (("best", outputs.out_of_fold_best), ("last", outputs.out_of_fold_last)):

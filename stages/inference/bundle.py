@@ -4,7 +4,8 @@
     params.yaml        resolved params; checkpoints are published names, or checkpoints/<name>
     ensemble/          ensemble.json and ensemble.safetensors: every fold's and seed's model
     checkpoints/       encoders (and EmoVCLIP's prompts) that were folders of the repository: weights and descriptions
-    metrics.json, README.md
+    calibration.json   the temperature of the probabilities
+    details.json, metrics.json, README.md
 
 Opening one executes nothing of it: JSON, YAML's safe subset, safetensors, and .bin weights through weights_only. No
 path in it can lead out of it, and it can't name a program to run, a server to ask or a variable that holds a key:
@@ -32,6 +33,7 @@ SCHEMA = 2
 INDEX = "release.json"
 PARAMS = "params.yaml"
 ENSEMBLE = ("ensemble.json", "ensemble.safetensors")
+CALIBRATION = "calibration.json"
 CHECKPOINTS = "checkpoints"
 PUBLISHED = re.compile(r"(hf-hub:)?(?!\.)[\w.-]+/(?!\.)[\w.-]+|(?!\.)[\w.-]+ / (?!\.)[\w.-]+")
 REMEDY = "fetch it again, or make it anew with: mer release"
@@ -70,15 +72,14 @@ def checkpoint_keys(trained: Trained) -> list[str]:
 # ---------------------------------------------------------------- writing
 
 
-def write_bundle(out: Path, trained: Trained, metrics: Path, card: str) -> int:
+def write_bundle(out: Path, trained: Trained, figures: Sequence[Path], card: str) -> int:
     """Write the bundle, in place of an earlier one once it is whole; the bytes that it takes.
-
     Raises PipelineError for a checkpoint that is a folder outside the repository, or none, nor a published name.
     """
     folder = out.with_name(f".{out.name}.tmp")
     empty_folder(folder)
     try:
-        _fill(folder, trained, metrics, card)
+        _fill(folder, trained, figures, card)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
@@ -87,11 +88,12 @@ def write_bundle(out: Path, trained: Trained, metrics: Path, card: str) -> int:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
-def _fill(folder: Path, trained: Trained, metrics: Path, card: str) -> None:
+def _fill(folder: Path, trained: Trained, figures: Sequence[Path], card: str) -> None:
     values = portable(trained.params).model_dump(mode="json")
     _take_checkpoints(folder, values, checkpoint_keys(trained))
     sources = {f"ensemble/{name}": trained.ensemble / name for name in ENSEMBLE}
-    sources["metrics.json"] = metrics
+    trained.temperature()  # refuses one of other models
+    sources |= {CALIBRATION: trained.calibration, **{path.name: path for path in figures}}
     for name, source in sources.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, folder / name)
@@ -164,7 +166,7 @@ def open_bundle(bundle: Path) -> Trained:
     _check_files(bundle, index["files"])
     p = portable(load(bundle / PARAMS))
     p = p.model_copy(update={"rankings": p.rankings.model_copy(update={"base_url": os.environ.get(SERVER)})})
-    trained = assemble(p, bundle / "ensemble", REMEDY)
+    trained = assemble(p, bundle / "ensemble", bundle / CALIBRATION, REMEDY)
     values = trained.params.model_dump()
     for key in checkpoint_keys(trained):
         checkpoint = _get(values, key)
@@ -190,8 +192,9 @@ def _read_index(bundle: Path) -> dict[str, Any]:
         raise PipelineError(f"{path}: schema {found}, expected {SCHEMA}; use the version of this program that wrote "
                             f"it, or make it anew with: mer release")
     files = index.get("files")
-    if not isinstance(files, dict) or not {PARAMS, *(f"ensemble/{name}" for name in ENSEMBLE)} <= files.keys():
-        raise PipelineError(f"{path}: does not list {PARAMS}, {' and '.join(ENSEMBLE)}; {REMEDY}")
+    needed = {PARAMS, CALIBRATION, *(f"ensemble/{name}" for name in ENSEMBLE)}
+    if not isinstance(files, dict) or not needed <= files.keys():
+        raise PipelineError(f"{path}: does not list {PARAMS}, {CALIBRATION}, {' and '.join(ENSEMBLE)}; {REMEDY}")
     return index
 
 

@@ -1,4 +1,4 @@
-"""The model card of a release: README.md in Hugging Face's form, from the metrics and params alone."""
+"""The model card of a release: README.md in Hugging Face's form, from reports/details.json and params alone."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from stages.inference.trained import Trained
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """reports/metrics.json. Raises PipelineError where it is missing or damaged."""
+def read_details(path: Path) -> dict[str, Any]:
+    """reports/details.json. Raises PipelineError where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -21,19 +21,19 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise PipelineError(f"{path}: can't be read ({error}); make it anew with: dvc repro") from None
 
 
-def render_card(trained: Trained, metrics: Mapping[str, Any]) -> str:
-    """The card as Markdown. Raises PipelineError where the metrics are of other models (seeds or folds differ)."""
+def render_card(trained: Trained, details: Mapping[str, Any]) -> str:
+    """The card as Markdown. Raises PipelineError where the figures are of other models (seeds or folds differ)."""
     import jinja2
 
     description = json.loads((trained.ensemble / "ensemble.json").read_text(encoding="utf-8"))
-    if (metrics.get("seeds"), metrics.get("folds")) != (len(description["seeds"]), description["folds"]):
-        raise PipelineError(f"reports/metrics.json: of {metrics.get('folds')} folds x {metrics.get('seeds')} seeds, "
+    if (details.get("seeds"), details.get("folds")) != (len(description["seeds"]), description["folds"]):
+        raise PipelineError(f"reports/details.json: of {details.get('folds')} folds x {details.get('seeds')} seeds, "
                             f"but {trained.ensemble} has {description['folds']} x {len(description['seeds'])}; "
                             f"run dvc repro")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(p=trained.params, modalities=[_modality(trained, name) for name in trained.modalities],
-                           metrics=metrics, models=description["folds"] * len(description["seeds"]))
+                           figures=details, models=description["folds"] * len(description["seeds"]))
 
 
 def _modality(trained: Trained, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from stages.engine.manifest import Source
 from stages.engine.store import Row
 from stages.engine.work import Input
 from stages.engine.workers import Workers
+from stages.evaluation.calibration import tempered
 from stages.fusion.ensemble import Ensemble, load_ensemble
 from stages.fusion.features import GROUP_MINIMUM, Inputs, Modality, group_statistics
 from stages.inference.clips import digest_of, name_of
@@ -30,7 +31,7 @@ class Prediction:
     """What is known of one clip. Class order as Ensemble.label_names, modality order as its architecture's."""
 
     clip: Source
-    probabilities: np.ndarray | None  # (L,) equal-weight mean of all models' softmaxes; None where nothing was present
+    probabilities: np.ndarray | None  # (L,) mean of all softmaxes, under the temperature; None where nothing is present
     votes: int  # models that call it as the mean does
     attention: np.ndarray  # (modalities,) mean of the models' raw attention scores
     present: tuple[bool, ...]  # by modality
@@ -52,7 +53,7 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
     try:
         decoding = Decoding(clips, functions, workers)  # begins here, while the models are loaded
         texts = find_texts(trained, clips, given, workers)
-        ensemble = load_ensemble(trained.ensemble)
+        ensemble, temperature = load_ensemble(trained.ensemble), trained.temperature()
         encoders = open_encoders(trained, device)
         found: list[Encoded] = []  # of ensembles with groups all clips, whose common mean is known at the end
         for part, media in decoding:
@@ -68,8 +69,8 @@ def predict(trained: Trained, clips: Sequence[Source], given: Mapping[Source, st
             pooled = {name: [replace(row, values=None) for row in rows] for name, rows in features.items()}
             found.append(Encoded(part, pooled, said))
             if not ensemble.groups:
-                yield from fuse(ensemble, [found.pop()], texts, device)
-        yield from fuse(ensemble, found, texts, device)
+                yield from fuse(ensemble, temperature, [found.pop()], texts, device)
+        yield from fuse(ensemble, temperature, found, texts, device)
     finally:
         workers.close()
 
@@ -104,7 +105,9 @@ def open_encoders(trained: Trained, device: str) -> dict[str, Encode]:
 # ---------------------------------------------------------------- the fusion
 
 
-def fuse(ensemble: Ensemble, parts: Sequence[Encoded], texts: Texts, device: str) -> Iterator[Prediction]:
+def fuse(
+    ensemble: Ensemble, temperature: float, parts: Sequence[Encoded], texts: Texts, device: str
+) -> Iterator[Prediction]:
     """The ensemble's predictions for chunks of clips, which are all that a new group consists of."""
     clips, said = ([x for part in parts for x in getattr(part, key)] for key in ("clips", "reasons"))
     if not clips:
@@ -115,8 +118,9 @@ def fuse(ensemble: Ensemble, parts: Sequence[Encoded], texts: Texts, device: str
     if ensemble.groups:
         ensemble, inputs = grouped(ensemble, inputs, clips)
     softmax, scores = ensemble.predict_with_attention(inputs, np.arange(len(clips)))
-    probabilities, attention = softmax.mean(dim=1).mean(dim=0).numpy(), scores.mean(dim=(0, 1)).numpy()
-    votes = (softmax.argmax(dim=-1) == torch.from_numpy(probabilities).argmax(dim=-1)).sum(dim=(0, 1)).tolist()
+    mean, attention = softmax.mean(dim=1).mean(dim=0), scores.mean(dim=(0, 1)).numpy()
+    votes = (softmax.argmax(dim=-1) == mean.argmax(dim=-1)).sum(dim=(0, 1)).tolist()
+    probabilities = tempered(mean.numpy(), temperature)
     present = inputs.present.cpu().numpy()
     for i, clip in enumerate(clips):
         usable = bool(present[i].any())

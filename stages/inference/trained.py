@@ -10,11 +10,14 @@ from pydantic import ValidationError
 
 from stages.encoders.assembly import loaded_digest
 from stages.engine.errors import PipelineError
+from stages.engine.files import file_digest
 from stages.engine.inputs import DATA, TEXTS, medium_digest
 from stages.engine.params import Extractor, Params, Runtime, load, read_yaml
 from stages.engine.store import read_index
+from stages.evaluation.calibration import read_temperature
 
 ENSEMBLE = Path("models/self_training")
+CALIBRATION = Path("models/calibration.json")
 # Sections of params.yaml on which a clip's features depend, and the keys in them that only say how they are had
 FEATURES = ("audio", "transcribe", "frames", "faces", "rankings", "extractors", "emovclip")
 OPERATION = {"base_url", "api_key_env", "batch", "max_cost_usd", "price_per_million", "openface_binary"}
@@ -26,6 +29,7 @@ class Trained:
 
     params: Params
     ensemble: Path  # folder of ensemble.json and ensemble.safetensors
+    calibration: Path  # the file with the temperature of this ensemble's probabilities
     modalities: tuple[str, ...]  # in the ensemble's order
     learned_from: Mapping[str, Mapping[str, Any]]  # modality -> its entry in data/modalities.json when it was trained
 
@@ -37,6 +41,10 @@ class Trained:
     @property
     def reads_text(self) -> bool:
         return any(medium in TEXTS for medium in self.media)
+
+    def temperature(self) -> float:
+        """Raises PipelineError where none was fitted yet, or it was for other models."""
+        return read_temperature(self.calibration, file_digest(self.ensemble / "ensemble.safetensors"))
 
     def on(self, device: str) -> "Trained":
         """The same to run on another device than params say. Raises PipelineError for what is no device's name."""
@@ -54,7 +62,7 @@ def trained_here() -> Trained:
     Raises PipelineError where there are none yet, or where params.yaml, features, their inputs, checkpoints or prompts
     are no longer those that the models learned from.
     """
-    trained = assemble(load(), ENSEMBLE, "dvc repro self_train")
+    trained = assemble(load(), ENSEMBLE, CALIBRATION, "dvc repro")
     if Path("dvc.lock").exists():
         check_params(read_yaml("params.yaml"), read_yaml("dvc.lock"), trained.modalities, read_yaml("dvc.yaml"))
     for name in trained.modalities:
@@ -80,7 +88,7 @@ def check_learned(name: str, row: Extractor, learned: Mapping[str, Any]) -> None
         check(str(source), "source", medium_digest(row.input))
 
 
-def assemble(p: Params, ensemble: Path, remedy: str) -> Trained:
+def assemble(p: Params, ensemble: Path, calibration: Path, remedy: str) -> Trained:
     """Trained, its files found. PipelineError with the remedy where one is missing, or p lacks a modality's row."""
     path = ensemble / "ensemble.json"
     try:
@@ -101,7 +109,7 @@ def assemble(p: Params, ensemble: Path, remedy: str) -> Trained:
         if name not in p.extractors:
             raise PipelineError(f"params.yaml: extractors: found no row {name!r}, which the models were trained with; "
                                 f"run dvc repro")
-    return Trained(p, ensemble, modalities, learned_from)
+    return Trained(p, ensemble, calibration, modalities, learned_from)
 
 
 def check_params(values: Mapping[str, Any], lock: Mapping[str, Any], modalities: tuple[str, ...],
