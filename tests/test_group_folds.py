@@ -45,8 +45,8 @@ def test_a_class_of_one_group_alone_and_a_group_without_another(
     actual = truth[inputs.labelled]
     without = own == own[actual == 3][0]
     assert (actual[without] == 3).all()
-    figures = json.loads(Path("reports/metrics.json").read_text())
-    assert figures["test"]["waf"] > 60 and 0 < figures["cv"]["waf_last_epoch"] < 100
+    figures = json.loads(Path("reports/details.json").read_text())
+    assert figures["final"]["test"]["waf"] > 60 and 0 < figures["final"]["last_epoch"]["waf"] < 100
     last = load_file("models/fusion/predictions.safetensors")["out_of_fold_last"].argmax(-1)
     by_fold = [[100 * f1_score(actual[own == f], seed[own == f], average="weighted", zero_division=0)
                 for f in range(4)] for seed in last]
