@@ -20,9 +20,11 @@ from typing import Any
 import pandas as pd
 
 from stages.engine.errors import PipelineError, one_line, run_stage
+from stages.engine.files import file_digest
 from stages.evaluation import metrics
 
 WORKSPACE = "workspace"
+FEW = 10  # groups, of which a bootstrap shows too little of how groups differ [choice]
 SPLITS = {"test": "test", "labelled": "labelled, out of fold"}
 
 
@@ -58,14 +60,26 @@ class Revision:
         self.name, self.folder = name, "/" / Path.cwd().relative_to(root)  # else DVC takes it from where we are
 
     def read(self, path: str) -> str:
+        """A file of the revision. One that DVC only reads, as the manifest of imported features, is the workspace's,
+        where that is still what the revision's run has read.
+
+        Raises PipelineError naming the file.
+        """
+        content = self._kept(path)
+        if content is None and Path(path).exists() and file_digest(path, "md5") in (self._kept("dvc.lock") or ""):
+            content = Path(path).read_text(encoding="utf-8")
+        if content is None:
+            raise PipelineError(f"{self.name}: {path}: neither in git nor in DVC's cache or remote; bring it with "
+                                f"`dvc fetch --all-commits`, or `dvc exp pull` for an experiment, or run it again")
+        return content
+
+    def _kept(self, path: str) -> str | None:
         from dvc.exceptions import DvcException
 
         try:
             return self.files.read_text((self.folder / path).as_posix(), encoding="utf-8")
         except (OSError, DvcException):
-            raise PipelineError(f"{self.name}: {path}: neither in git nor in DVC's cache or remote; bring it with "
-                                f"`dvc fetch --all-commits`, or `dvc exp pull` for an experiment, or run it again"
-                                ) from None
+            return None
 
     def table(self, path: str) -> pd.DataFrame:
         return pd.read_csv(io.StringIO(self.read(path)), dtype=str, keep_default_na=False).set_index("clip_id")
@@ -149,6 +163,8 @@ def render(first: Predicted, second: Predicted, found: Sequence[Difference]) -> 
     text += ["", *(f"{SPLITS[row.split]}: {row.verdict}".capitalize() for row in found)]
     if any(run.params.get("self_training.rounds") for run in (first, second)):
         text.append("Out of fold after self-training is optimistic, the more so the more rounds: trust the test.")
+    if any(0 < row.groups < FEW for row in found):
+        text.append(f"Intervals of fewer than {FEW} groups are too narrow: other groups may differ by more.")
     keys = sorted(first.params.keys() | second.params.keys())
     changed = [(key, *(run.params.get(key, "not there") for run in (first, second))) for key in keys]
     told = [f"  {key}: {a} -> {b}" for key, a, b in changed if a != b and not key.startswith("runtime.")]

@@ -68,7 +68,7 @@ class Demo(Section):
 
 
 class Folds(Section):
-    count: Annotated[int, Field(ge=2)]
+    count: Literal["groups"] | Annotated[int, Field(ge=2)]
     seed: NonNegative
 
 
