@@ -95,7 +95,7 @@ def self_train(clip_id: str) -> None:
     rounds = pd.read_csv("reports/rounds.csv")
     more = rounds.assign(round=1, **{f"added_{label}": 10 for label in LABELS})
     pd.concat([rounds, more]).to_csv("reports/rounds.csv", index=False)
-    pd.DataFrame([(1, clip_id, "anger", 0.9, 0, s) for s in range(SEEDS)],
+    pd.DataFrame([(1, clip_id, "anger", 0.9, 0, s, None) for s in range(SEEDS)],
                  columns=["round", "clip_id", "label", "confidence", "agreement", "seed", "fold"]).to_csv(
         "reports/pseudo_labels.csv", index=False)
     set_value(Path("params.yaml"), "self_training.rounds", 1)
