@@ -34,7 +34,7 @@ from stages.engine.files import write_rows
 from stages.engine.fingerprint import PARTS
 from stages.engine.manifest import Clip, read_manifest, write_manifest
 from stages.engine.params import load
-from stages.engine.store import Row, Store, write_index, write_shard
+from stages.engine.store import Row, write_index, write_shard
 from stages.engine.work import Input, Shard, Target
 
 ROOT = Path(__file__).parent.parent
@@ -193,11 +193,12 @@ def planned() -> Target:
 
 
 def read_stores() -> float:
-    """Every modality's mean and variance, one after the other."""
+    """Every modality's features into the matrices that the fusion takes."""
+    from stages.fusion.features import load_inputs
+
+    params = load()
     start = time.perf_counter()
-    for name in DIMENSIONS:
-        store = Store(Path("features") / name)
-        assert len(store.mean) == len(store) and (store.var is None) == (name == "emovclip")
+    load_inputs(params.fusion.modalities, params.corpus.labels)
     return time.perf_counter() - start
 
 
@@ -246,9 +247,9 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     rng = np.random.default_rng(0)
     clips, truth, rankings = [], [], []
     (folder / "data/raw").mkdir()
-    splits = np.where(rng.permutation(size) < round(SPLITS["labelled"] * size), "labelled", "unlabelled")
+    splits = np.where(np.arange(size) < round(SPLITS["labelled"] * size), "labelled", "unlabelled")  # as MER2024's are
     others = np.flatnonzero(splits != "labelled")
-    splits[others[: round(SPLITS["test"] * size)]] = "test"
+    splits[rng.permutation(others)[: round(SPLITS["test"] * size)]] = "test"
     turns = {split: itertools.cycle(labels) for split in ("labelled", "unlabelled", "test")}
     for i, split in enumerate(splits.tolist()):
         clip_id, label = f"samplenew3_{i:08d}", next(turns[split])
