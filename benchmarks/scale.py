@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ from stages.engine.files import write_rows
 from stages.engine.fingerprint import PARTS
 from stages.engine.manifest import Clip, read_manifest, write_manifest
 from stages.engine.params import load
+from stages.engine.plan import write_plan
 from stages.engine.store import Row, write_index, write_shard
 from stages.engine.work import Input, Shard, Target
+from stages.planning.needs import left_out
+from stages.planning.requirements import row_left_out
 
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "data", "features", "models", "reports", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
@@ -294,6 +297,9 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     write_rows(folder / "data/transcripts.csv", ["clip_id", "transcript", "source"],
                [(c.clip_id, c.transcript, "corpus") for c in clips])
     (folder / "data/rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
+    with chdir(folder):  # the stage itself would miss the demo's checkpoints
+        params = load()
+        write_plan(left_out(params) | {f"extract/{name}": row_left_out(params, name) for name in params.extractors})
     for made in ("data/demo", "models/demo", "models/emovclip"):
         (folder / made).mkdir()
         (folder / made / "README.txt").write_text("nothing\n")
@@ -305,6 +311,7 @@ def set_params(folder: Path, epochs: int, rounds: int) -> list[str]:
     values = YAML().load(folder / "params.yaml")
     values["corpus"] |= {"adapter": "csv", "path": "data/raw", "truth": None, "shard_size": SHARD}
     values["fusion"] |= {"epochs": epochs, "modalities": list(DIMENSIONS)}
+    values["extractors"] = {name: values["extractors"][name] for name in DIMENSIONS}
     values["self_training"]["rounds"] = rounds
     values["folds"]["count"] = FOLDS
     values["runtime"]["device"] = "cpu"
