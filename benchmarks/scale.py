@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale                        # 1,000, 10,000 and 120,625 clips; needs 30 GB of disk
     python -m benchmarks.scale 1000 10000 --rounds 2  # these sizes; rounds of self-training; --epochs of the fusion
+    python -m benchmarks.scale --before 91ec036       # reading, fusion and evaluation by that commit's code too
 
 Each size is a repository of its own in a temporary folder (--folder), with the committed code and dvc.yaml: a corpus of
 files without video, media stores with next to nothing per clip, and random features at the published dimensions, in
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,11 @@ from stages.engine.files import write_rows
 from stages.engine.fingerprint import PARTS
 from stages.engine.manifest import Clip, read_manifest, write_manifest
 from stages.engine.params import load
-from stages.engine.store import Row, Store, write_index, write_shard
+from stages.engine.plan import write_plan
+from stages.engine.store import Row, write_index, write_shard
 from stages.engine.work import Input, Shard, Target
+from stages.planning.needs import left_out
+from stages.planning.requirements import row_left_out
 
 ROOT = Path(__file__).parent.parent
 TRACKED = ("stages", "data", "features", "models", "reports", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
@@ -54,6 +59,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of the fusion; the paper's are 30")
     parser.add_argument("--rounds", type=int, default=1, help="of self-training; the paper's are 10")
     parser.add_argument("--folder", type=Path, help="where the repositories are made; default: a temporary folder")
+    parser.add_argument("--before", metavar="REV", help="a commit whose code runs first, on the same corpus")
     parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -62,14 +68,16 @@ def main() -> None:
     found: dict[int, dict[str, tuple[float, float]]] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            found[size] = measure(Path(folder), size, options.epochs, options.rounds)
+            found[size] = measure(Path(folder), size, options.epochs, options.rounds, options.before)
     print(table(found))
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tuple[float, float]]:
+def measure(
+    folder: Path, size: int, epochs: int, rounds: int, before: str | None
+) -> dict[str, tuple[float, float]]:
     """(seconds, peak GB) of every step, by name, in order."""
     repository = folder / "repository"
     make_repository(repository, size, epochs, rounds)
@@ -80,10 +88,17 @@ def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tupl
         print(f"{size}: {name}: {found[name][0]:.1f} s, {found[name][1]:.2f} GB", file=sys.stderr, flush=True)
         return output
 
-    def inner(name: str) -> None:
+    def inner(name: str, label: str = "") -> None:
         """A step of this module: its own seconds, without the interpreter's start."""
-        seconds = json.loads(step(name, "python", "-m", "benchmarks.scale", "--step", name).splitlines()[-1])
-        found[name] = seconds, found[name][1]
+        label = name + label
+        seconds = json.loads(step(label, "python", "-m", "benchmarks.scale", "--step", name).splitlines()[-1])
+        found[label] = seconds, found[label][1]
+
+    def fuse(label: str) -> None:
+        inner("stores: read", label)
+        for stage in ("pretrain_fusion", "train_fusion", "baselines", "self_train", "evaluate"):
+            if (repository / f"stages/{stage}.py").exists():  # an earlier commit has fewer
+                step(stage + label, "python", "-m", f"stages.{stage}")
 
     inner("manifest: write")
     inner("manifest: read")
@@ -91,9 +106,12 @@ def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tupl
     make_stores(repository)
     inner("plan: 99 % done")
     inner("plan: all done")
-    inner("stores: read")
-    for stage in ("gather_features", "pretrain_fusion", "train_fusion", "self_train", "evaluate"):
-        step(stage, "python", "-m", f"stages.{stage}")
+    if before:
+        with code_of(before, repository, epochs, rounds):
+            timed(repository, "python", "-m", "stages.gather_features")
+            fuse(f", {before}")
+    step("gather_features", "python", "-m", "stages.gather_features")
+    fuse("")
     inner("report page")
     page = (repository / "reports/report.html").stat().st_size
     print(f"{size}: report.html: {page / 1e6:.2f} MB", file=sys.stderr)
@@ -120,7 +138,27 @@ def timed(folder: Path, *command: str) -> tuple[tuple[float, float], str]:
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed in {folder}")
         output.seek(0)
+        print(f"{' '.join(command)}: processor {usage.ru_utime + usage.ru_stime:.1f} s", file=sys.stderr)
         return (seconds, usage.ru_maxrss / 1e6), output.read()
+
+
+@contextmanager
+def code_of(revision: str, repository: Path, epochs: int, rounds: int) -> Iterator[None]:
+    """The repository with the stages and params of another commit."""
+    names, aside = ("stages", "params.yaml"), repository.parent / "aside"
+    aside.mkdir()
+    for name in names:
+        (repository / name).rename(aside / name)
+    archive = subprocess.run(["git", "archive", revision, *names], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(repository)], input=archive.stdout, check=True)
+    set_params(repository, epochs, rounds)
+    try:
+        yield
+    finally:
+        shutil.rmtree(repository / "stages")
+        for name in names:
+            (aside / name).rename(repository / name)
+        aside.rmdir()
 
 
 def table(found: dict[int, dict[str, tuple[float, float]]]) -> str:
@@ -193,11 +231,12 @@ def planned() -> Target:
 
 
 def read_stores() -> float:
-    """Every modality's mean and variance, one after the other."""
+    """Every modality's features into the matrices that the fusion takes."""
+    from stages.fusion.features import load_inputs
+
+    params = load()
     start = time.perf_counter()
-    for name in DIMENSIONS:
-        store = Store(Path("features") / name)
-        assert len(store.mean) == len(store) and (store.var is None) == (name == "emovclip")
+    load_inputs(params.fusion.modalities, params.corpus.labels)
     return time.perf_counter() - start
 
 
@@ -237,20 +276,13 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
         shutil.copyfile(ROOT / name, folder / name)
     timed(folder, "git", "init", "-q")
     timed(folder, "dvc", "remote", "add", "-q", "-d", "store", str(folder.parent / "remote"))
-    values = YAML().load(folder / "params.yaml")
-    values["corpus"] |= {"adapter": "csv", "path": "data/raw", "truth": None, "shard_size": SHARD}
-    values["fusion"] |= {"epochs": epochs, "modalities": list(DIMENSIONS)}
-    values["self_training"]["rounds"] = rounds
-    values["folds"]["count"] = FOLDS
-    values["runtime"]["device"] = "cpu"
-    YAML().dump(values, folder / "params.yaml")
-    labels = values["corpus"]["labels"]
+    labels = set_params(folder, epochs, rounds)
     rng = np.random.default_rng(0)
     clips, truth, rankings = [], [], []
     (folder / "data/raw").mkdir()
-    splits = np.where(rng.permutation(size) < round(SPLITS["labelled"] * size), "labelled", "unlabelled")
+    splits = np.where(np.arange(size) < round(SPLITS["labelled"] * size), "labelled", "unlabelled")  # as MER2024's are
     others = np.flatnonzero(splits != "labelled")
-    splits[others[: round(SPLITS["test"] * size)]] = "test"
+    splits[rng.permutation(others)[: round(SPLITS["test"] * size)]] = "test"
     turns = {split: itertools.cycle(labels) for split in ("labelled", "unlabelled", "test")}
     for i, split in enumerate(splits.tolist()):
         clip_id, label = f"samplenew3_{i:08d}", next(turns[split])
@@ -268,10 +300,26 @@ def make_repository(folder: Path, size: int, epochs: int, rounds: int) -> None:
     write_rows(folder / "data/transcripts.csv", ["clip_id", "transcript", "source"],
                [(c.clip_id, c.transcript, "corpus") for c in clips])
     (folder / "data/rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
+    with chdir(folder):  # the stage itself would miss the demo's checkpoints
+        params = load()
+        write_plan(left_out(params) | {f"extract/{name}": row_left_out(params, name) for name in params.extractors})
     for made in ("data/demo", "models/demo", "models/emovclip"):
         (folder / made).mkdir()
         (folder / made / "README.txt").write_text("nothing\n")
     (folder / "models/emovclip/curves.csv").write_text("fold,epoch,train_loss\n0,0,1.0\n")
+
+
+def set_params(folder: Path, epochs: int, rounds: int) -> list[str]:
+    """Change params.yaml to the benchmark's corpus; its labels."""
+    values = YAML().load(folder / "params.yaml")
+    values["corpus"] |= {"adapter": "csv", "path": "data/raw", "truth": None, "shard_size": SHARD}
+    values["fusion"] |= {"epochs": epochs, "modalities": list(DIMENSIONS)}
+    values["extractors"] = {name: values["extractors"][name] for name in DIMENSIONS}
+    values["self_training"]["rounds"] = rounds
+    values["folds"]["count"] = FOLDS
+    values["runtime"]["device"] = "cpu"
+    YAML().dump(values, folder / "params.yaml")
+    return list(values["corpus"]["labels"])
 
 
 def make_stores(folder: Path) -> None:

@@ -52,6 +52,7 @@ def prepare(folder: Path, names: tuple[str, ...]) -> tuple[Project, dict[str, St
     values["fusion"] |= {"seeds": [0], "epochs": 10}
     values["self_training"]["rounds"] = 4
     values["emovclip"]["epochs"] = 3
+    values["faces"]["stride"] = 1  # below faces.detect_every: faces are followed
     if "transcribe" in names:
         make_ctc(folder / "ctc", "layer")
         values["transcribe"]["checkpoint"] = "ctc"

@@ -1,16 +1,26 @@
 """Faces followed between detections: where detection on every frame finds them, at a fraction of its work."""
 
 import hashlib
+import os
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import run
+from subprocess import DEVNULL, Popen, run
 
 import numpy as np
 import pytest
+from engine import ROOT, contents
+from media_files import write_small_clip
+from ruamel.yaml import YAML
 
 from benchmarks import face_clips
+from stages.engine.manifest import Clip, write_manifest
+from stages.engine.params import read_yaml
+from stages.engine.store import Store
 from stages.media import centerface
 from stages.media.faces import Face, Tracker, align
 from stages.media.following import eye_distance, find_faces
@@ -181,3 +191,68 @@ def test_a_clip_gives_the_same_bytes_whatever_was_searched_before_it(clips: Call
             f"print(hashlib.sha256(repr(crop_clip(sys.argv[1], 1, 64, 0.5, 95, {EVERY})).encode()).hexdigest())")
     alone = run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.strip()
     assert hashlib.sha256(repr(here).encode()).hexdigest() == alone
+
+
+# ---------------------------------------------------------------- the stage with following
+
+
+@pytest.fixture
+def stage(clips: Callable[[str, float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params and manifest for crop_faces, every frame read, a clip to a shard; returns that of the clips,
+    of which `broken` is its head only and `grey` shows nobody.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages").symlink_to(ROOT / "stages")
+    shutil.copyfile(ROOT / "dvc.yaml", "dvc.yaml")
+    values = read_yaml(ROOT / "params.yaml")
+    values["corpus"] |= {"shard_size": 1, "max_bad_fraction": 0.5}
+    values["faces"] |= {"stride": 1, "detect_every": EVERY, "size": 64}
+    values["runtime"] |= {"device": "cpu", "workers": 1}
+    YAML().dump(values, tmp_path / "params.yaml")
+    folder = tmp_path / values["corpus"]["path"]
+    folder.mkdir(parents=True)
+    for name, (kind, start) in SHOWN.items():
+        shutil.copyfile(clips(kind, start), folder / f"{name}.mp4")
+    (folder / "broken.mp4").write_bytes((folder / "moving.mp4").read_bytes()[:500])
+    write_small_clip(folder / "grey.mp4", 0.6)
+    names = ["moving", "broken", "cuts", "grey", "hidden"]
+    write_manifest(Clip(n, f"{n}.mp4", "unlabelled", "", "", "", 1.4, 1, f"{i:064x}") for i, n in enumerate(names))
+    return folder
+
+
+SHOWN = {"moving": ("moving", 0.0), "cuts": ("cuts", 0.2), "hidden": ("hidden", 0.6)}
+CROP = [sys.executable, "-m", "stages.crop_faces"]
+
+
+def parts() -> dict[str, tuple[int, bytes]]:
+    """Finished shards of crop_faces: when each was written, and its bytes."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in Path(".cache/parts/crop_faces").rglob("*.h5")}
+
+
+def test_followed_faces_are_the_clips_own_and_survive_a_kill(stage: Path) -> None:
+    run(CROP, check=True, capture_output=True)
+    store, out = Store("data/faces"), contents(Path("data/faces"))
+    assert dict(zip(store.clip_ids, store.present.tolist(), strict=True)) == {
+        "moving": True, "broken": False, "cuts": True, "grey": False, "hidden": True}
+    for name in SHOWN:  # as alone: neither neighbours nor what was searched before matter
+        crops, frames, confidences, _ = centerface.crop_clip(stage / f"{name}.mp4", 1, 64, 0.5, 95, EVERY)
+        assert store.read(name) == crops and len(crops) > EVERY
+        assert np.array_equal(store.read_items(name, "frame"), frames)
+        assert np.array_equal(store.read_items(name, "confidence"), np.float32(confidences))
+        assert crops != centerface.crop_clip(stage / f"{name}.mp4", 1, 64, 0.5, 95)[0]  # of detected faces alone
+    shutil.rmtree(".cache/parts")
+    shutil.rmtree("data/faces")
+    killed = Popen(CROP, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
+    while len(parts()) < 2 and killed.poll() is None:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    kept = parts()
+    assert 2 <= len(kept) < len(store) and not Path("data/faces").exists()
+    values = read_yaml(Path("params.yaml"))
+    values["runtime"]["workers"] = 3
+    YAML().dump(values, Path("params.yaml"))
+    run(CROP, check=True, capture_output=True)
+    assert contents(Path("data/faces")) == out
+    assert kept.items() <= parts().items()  # not computed again

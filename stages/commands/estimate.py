@@ -1,19 +1,23 @@
-"""What the whole of MER2024 costs, by calculation: operations of the published models over a device's speed.
+"""What the whole of MER2024 costs on several machines, stage by stage.
 
     mer estimate
 
-Operations are counted on the models' real shapes (no weights, no memory). A device's speed is its nominal bfloat16 rate
-times the share that is the target of benchmarks.encoders: an estimate until that has run on the device. What the CPU
-does per frame is measured here, on one core, on a drawn 960 x 720 clip. Corpora bring transcripts, and rankings wait
-for a server, so neither is in the sum.
+Computed: operations, counted on the models' real shapes (no weights, no memory), over a device's nominal bfloat16 rate
+times the share that is the target of benchmarks.encoders: an estimate until that has run on the device. Measured: what
+cores do, here, in processor time of one core (a drawn 960 x 720 clip; the fusion on random features), and shared out
+among the machine's cores; of the rest, what benchmarks.scale took at this size on two cores. Fusion and self-training
+count as done by cores, though a GPU may do them. Not in the sum: transcripts, which corpora bring; rankings, which wait
+for a server; reading and hashing of the clips and of their crops, which the disk decides.
 """
 
 import argparse
 import math
+import platform
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +31,25 @@ from stages.commands.published import BAICHUAN_7B, BAICHUAN_13B, LAYERS, decoder
 from stages.corpora.demo.portraits import animate
 from stages.corpora.demo.video import write_clip
 from stages.encoders.baichuan import Decoder
+from stages.engine.devices import set_threads
 from stages.engine.errors import run_stage
-from stages.engine.params import load
-from stages.media.centerface import crop_clip, load_detector
+from stages.engine.params import Params, load
+from stages.evaluation.figures import removals
+from stages.fusion.ensemble import Outputs
+from stages.fusion.features import Inputs, Modality
+from stages.fusion.training import train
+from stages.media.audio import load_audio
+from stages.media.centerface import crop_clip
 from stages.media.frames import sample_frames
 
 CLIPS, LABELLED, SECONDS, FPS = 120_625, 5030, 4.5, 25  # [shared/design.md, section 8: clips average 4 to 5 s]
 TOKENS, FRAMES, FOLDS, EPOCHS = 60, 16, 5, 20  # a ranking and a transcript; presets/mer2024.yaml
 PROMPTED = 1 + 4 / 257  # tokens of ViT-L/14 with four prompts
+TEST = 20_000  # scored clips: every subset of modalities is evaluated on them [shared/design.md, section 8]
+DIMENSIONS = {"hubert": 2048, "clip": 1536, "emovclip": 768, "baichuan": 10240}  # pooled features
+OTHER = 600  # seconds: gathering and reading features, split, report page, hashing by DVC (benchmarks/README.md)
+CORES = 16  # of one machine
+SOUND, FACES = "extract_audio", "crop_faces, every frame"
 BACKWARD = 2  # with forward: frozen weights need no gradients of their own, checkpointing a second forward
 
 
@@ -80,62 +95,142 @@ def per_unit() -> dict[str, float]:
     return found
 
 
-def media_seconds() -> tuple[float, float]:
-    """Seconds of one core per frame whose face is found, as the preset has it, and per clip whose FRAMES frames are
-    sampled.
+def media_seconds(p: Params) -> dict[str, float]:
+    """Seconds of one core, as the params have it: per frame whose face is found, per clip whose frames are sampled, and
+    per clip whose sound is decoded.
     """
-    faces = load("presets/mer2024.yaml").faces
-    rng = np.random.default_rng(0)
+    faces, rng = p.faces, np.random.default_rng(0)
     frames = [cv2.resize(frame, (960, 720)) for frame in animate("happiness", np.ones(int(SECONDS * FPS)), rng)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        write_clip(path, frames, None, 16000)
+        write_clip(path, frames, rng.normal(0, 0.1, int(SECONDS * 44100)).astype(np.float32), 44100)
         cv2.setNumThreads(1)
-        load_detector()
-        start = time.process_time()
-        crops = crop_clip(path, faces.stride, faces.size, faces.min_confidence, faces.quality, faces.detect_every)[0]
-        middle = time.process_time()
-        sample_frames(path, FRAMES, 224, 95)
-        end = time.process_time()
-    assert len(crops) > len(frames) // 2
-    return (middle - start) / len(frames), end - middle
+
+        def crop() -> list[bytes]:
+            options = (faces.stride, faces.size, faces.min_confidence, faces.quality, faces.detect_every)
+            return crop_clip(path, *options)[0]
+
+        assert len(crop()) > len(frames) // 2  # and the network is loaded
+        return {"face of a frame": core_seconds(crop) / len(frames),
+                "frames of a clip": core_seconds(lambda: sample_frames(path, FRAMES, 224, 95)),
+                "sound of a clip": core_seconds(lambda: load_audio(path, p.audio.sample_rate))}
+
+
+def fusion_seconds(p: Params) -> dict[str, float]:
+    """Seconds of one core per clip and model: an epoch of training, a prediction, a prediction for every subset of the
+    modalities; with random features of the published dimensions.
+    """
+    count = 128 * FOLDS
+    present = torch.ones(count, dtype=torch.bool)
+    modalities = tuple(Modality(name, torch.randn(1, count, size).half(), torch.zeros(1, size), torch.ones(1, size),
+                                present) for name, size in DIMENSIONS.items())
+    labels = np.arange(count) % len(p.corpus.labels)
+    inputs = Inputs([str(i) for i in range(count)], np.full(count, "labelled"), labels, np.arange(count) % FOLDS,
+                    tuple(p.corpus.labels), modalities)
+    recipe = p.fusion.model_copy(update={"epochs": 1, "seeds": [0], "modalities": list(DIMENSIONS)})
+    set_threads(True)  # as the stages do
+    done: list[Outputs] = []
+    train(inputs, recipe, labels[None], "warming up")
+    training = core_seconds(lambda: done.append(train(inputs, recipe, labels[None], "estimate")))
+    ensemble, rows, subsets = done[0].ensemble, np.arange(count), list(removals(list(DIMENSIONS)))
+    predicting = core_seconds(lambda: ensemble.predict(inputs, rows))
+    every_subset = core_seconds(lambda: ensemble.predict_without(inputs, rows, subsets))  # by a clip's own model alone
+    return {"clip trained on once": training / (count * (FOLDS - 1)), "clip predicted": predicting / (count * FOLDS),
+            "clip predicted with every subset": every_subset / count}
+
+
+def core_seconds(function: Callable[[], Any]) -> float:
+    """Processor time of all threads."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+@dataclass(frozen=True)
+class Stage:
+    """seconds: on a machine, with all of its cores and GPUs. early: needs neither faces nor sound on a GPU, so that
+    `mer repro` runs it beside those."""
+
+    name: str
+    basis: str
+    seconds: Callable[[Machine], float]
+    gpu: bool = False
+    early: bool = False
+
+
+def stages_of(p: Params, units: Mapping[str, float], core: Mapping[str, float]) -> list[Stage]:
+    """units: per_unit's; core: media_seconds' and fusion_seconds'."""
+    images, prompted = FPS * SECONDS * CLIPS, units["clip"] * PROMPTED * FRAMES
+    models, trainings, others = FOLDS * len(p.fusion.seeds), 1 + p.self_training.rounds, CLIPS - LABELLED
+    learned = LABELLED * (1 - 1 / FOLDS)
+    training = models * (p.fusion.epochs * learned * core["clip trained on once"] + others * core["clip predicted"])
+    subsets = len(p.fusion.seeds) * (FOLDS * TEST + LABELLED) * core["clip predicted with every subset"]
+
+    def measured(name: str, seconds: float, everywhere: bool = True) -> Stage:
+        """`everywhere`: on the cores of all machines."""
+        return Stage(name, "measured here", lambda m: seconds / (m.cores if everywhere else min(m.cores, CORES)))
+
+    def computed(name: str, share: str, operations: Callable[[Machine], float], early: bool = False,
+                 everywhere: bool = True) -> Stage:
+        def seconds(m: Machine) -> float:
+            return operations(m) / (m.flops * SHARE[share] * (m.gpus if everywhere else 1))
+
+        return Stage(name, "computed", seconds, gpu=True, early=early)
+
+    return [
+        measured(SOUND, CLIPS * core["sound of a clip"]),
+        measured("slice_frames", CLIPS * core["frames of a clip"]),
+        measured(FACES, images * core["face of a frame"]),
+        computed("extract@hubert", "hubert", lambda m: CLIPS * SECONDS * units["hubert"]),
+        computed("extract@clip, every face", "clip", lambda m: images * units["clip"]),
+        computed("extract@baichuan", "baichuan", lambda m: CLIPS * units[m.decoder], early=True),
+        computed("train_emovclip, one device", "clip", lambda m: FOLDS * EPOCHS * learned * prompted * (1 + BACKWARD),
+                 early=True, everywhere=False),
+        computed("extract_emovclip, five folds", "clip", lambda m: CLIPS * FOLDS * prompted, early=True),
+        measured("train_fusion", training, everywhere=False),
+        measured("self_train", (trainings - 1) * training, everywhere=False),
+        measured("evaluate, every subset", subsets, everywhere=False),
+        Stage("reading features, tables, report, DVC", "measured by benchmarks.scale", lambda m: OTHER),
+    ]
+
+
+def table(stages: Sequence[Stage]) -> str:
+    """Markdown: hours per machine, their sums, and the sum where `mer repro` crops faces while the GPU computes."""
+    def row(name: str, basis: str, hours: Iterable[float], bold: str = "") -> str:
+        return "| " + " | ".join([f"{bold}{name}{bold}", basis, *(f"{bold}{shown(h)}{bold}" for h in hours)]) + " |"
+
+    lines = [f"| hours | basis | {' | '.join(m.name for m in MACHINES)} |", "|---|---|" + "---|" * len(MACHINES)]
+    lines += [row(s.name, s.basis, (s.seconds(m) / 3600 for m in MACHINES)) for s in stages]
+    both = [(sum(s.seconds(m) for s in stages) / 3600, saved(stages, m) / 3600) for m in MACHINES]
+    measured = [sum(s.seconds(m) for s in stages if not s.gpu) / 3600 for m in MACHINES]
+    return "\n".join([*lines, row("all, one after another", "", (total for total, _ in both), "**"),
+                      row("of it measured", "", measured),
+                      row("all, with mer repro", "", (total - less for total, less in both), "**")])
+
+
+def saved(stages: Sequence[Stage], machine: Machine) -> float:
+    """Seconds that cores crop faces and decode sound while the GPU does what needs neither."""
+    cores = sum(s.seconds(machine) for s in stages if s.name in (SOUND, FACES))
+    return min(cores, sum(s.seconds(machine) for s in stages if s.early))
 
 
 def main(arguments: Sequence[str]) -> None:
     argparse.ArgumentParser("mer estimate", allow_abbrev=False, description="Hours that the whole of MER2024 takes on "
-                            "several machines, by calculation; measures one core for seconds").parse_args(arguments)
-    units, (per_frame, per_clip) = per_unit(), media_seconds()
+                            "several machines, and which are measured; takes half a minute").parse_args(arguments)
+    p = load("presets/mer2024.yaml")
+    units, core = per_unit(), {**media_seconds(p), **fusion_seconds(p)}
     print("; ".join(f"{name} {value / 1e9:,.0f}" for name, value in units.items())
           + f" billion operations per second of audio, image, {TOKENS} tokens")
-    print(f"one core: {1e3 * per_frame:.0f} ms per frame whose face is found, "
-          f"{1e3 * per_clip:.0f} ms per clip sampled\n")
-    images = FPS * SECONDS * CLIPS
-    prompted = units["clip"] * PROMPTED * FRAMES
-    work = {
-        "crop_faces, every frame (CPU)": images * per_frame,
-        "slice_frames (CPU)": CLIPS * per_clip,
-        "extract@hubert": CLIPS * SECONDS * units["hubert"],
-        "extract@clip, every face": images * units["clip"],
-        "extract@baichuan": CLIPS,
-        "train_emovclip, one device": FOLDS * EPOCHS * LABELLED * (1 - 1 / FOLDS) * prompted * (1 + BACKWARD),
-        "extract@emovclip, five folds": CLIPS * FOLDS * prompted,
-    }
-    print("| hours | " + " | ".join(m.name for m in MACHINES) + " |\n|---|" + "---|" * len(MACHINES))
-    totals = [0.0] * len(MACHINES)
-    for stage, amount in work.items():
-        hours = [hours_of(stage, amount, units, machine) for machine in MACHINES]
-        totals = [a + b for a, b in zip(totals, hours, strict=True)]
-        print(f"| {stage} | " + " | ".join(shown(h) for h in hours) + " |")
-    print("| **all** | " + " | ".join(f"**{shown(h)}**" for h in totals) + " |")
+    print(f"measured here, ms of one core of {processor()}: "
+          + ", ".join(f"{name} {1e3 * value:.3g}" for name, value in core.items()) + "\n")
+    print(table(stages_of(p, units, core)))
 
 
-def hours_of(stage: str, amount: float, units: dict[str, float], machine: Machine) -> float:
-    if stage.endswith("(CPU)"):
-        return amount / machine.cores / 3600
-    if stage == "extract@baichuan":
-        return amount * units[machine.decoder] / (machine.flops * SHARE["baichuan"] * machine.gpus) / 3600
-    share = SHARE["hubert" if "hubert" in stage else "clip"]
-    return amount / (machine.flops * share * (1 if "one device" in stage else machine.gpus)) / 3600
+def processor() -> str:
+    """What this machine's CPU calls itself."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or "this machine"
 
 
 def shown(hours: float) -> str:
