@@ -50,7 +50,7 @@ def test_a_class_of_one_group_alone_and_a_group_without_another(
     last = load_file("models/fusion/predictions.safetensors")["out_of_fold_last"].argmax(-1)
     by_fold = [[100 * f1_score(actual[own == f], seed[own == f], average="weighted", zero_division=0)
                 for f in range(4)] for seed in last]
-    written = json.loads(Path("reports/fusion.json").read_text())["cv"]["waf_last_epoch"]
+    written = json.loads(Path("reports/details.json").read_text())["round0"]["last_epoch"]["waf"]
     assert written == pytest.approx(np.mean(by_fold), abs=1e-3)
     linear = load_file("models/baselines/predictions.safetensors")["logistic_regression.out_of_fold"]
     assert not linear[:, without, 3].any() and np.isfinite(linear).all()
