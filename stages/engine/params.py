@@ -222,6 +222,10 @@ class Pretraining(Section):
     learning_rate: PositiveFloat
 
 
+class NestedCV(Section):
+    run: bool
+
+
 class SelfTraining(Section):
     rounds: NonNegative
     k: Positive
@@ -285,6 +289,7 @@ class FusionParams(Section):
     folds: Folds
     fusion: Fusion
     pretraining: Pretraining
+    nested_cv: NestedCV
     self_training: SelfTraining
     evaluate: Evaluate
     runtime: Device
@@ -392,7 +397,11 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 def load_fusion(path: str | Path = "params.yaml") -> FusionParams:
     """The same for the stages from split_folds on, which also run on the short params.yaml of imported features."""
-    values = read_yaml(path)
+    return check_fusion(read_yaml(path), path)
+
+
+def check_fusion(values: Any, path: str | Path) -> FusionParams:
+    """The same of a file's content."""
     corpus = values.get("corpus") if isinstance(values, dict) else None
     imported = isinstance(corpus, dict) and corpus.get("adapter") == "features"
     return _validated(ImportedParams if imported else Params, path, values)
