@@ -17,13 +17,12 @@ def main() -> None:
     import numpy as np
 
     from stages.fusion.baselines import baselines
-    from stages.fusion.features import fold_statistics, load_inputs, write_clips
+    from stages.fusion.features import load_inputs, write_clips
 
     inputs = load_inputs(p.fusion.modalities, p.corpus.labels, device)
-    set_threads(False)  # matrices of thousands of clips, one after the other
-    statistics = fold_statistics(inputs, p.fusion)
+    set_threads(len(inputs.labelled) < 1000)  # one fit after the other, by all cores where a product takes long enough
     groups = np.array([clip.group for clip in read_manifest()], dtype=np.str_)
-    found = baselines(inputs, statistics, groups, p.fusion.seeds)
+    found = baselines(inputs, p.fusion, groups)
     empty_folder(OUT)
     parts = ("out_of_fold", "others")
     write_tensors(OUT / "predictions.safetensors", {

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter, defaultdict
+from typing import Literal
 
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import write_rows
@@ -9,13 +10,21 @@ from stages.engine.manifest import Clip, read_manifest
 from stages.engine.params import load_fusion
 
 
-def split(clips: list[Clip], count: int, seed: int) -> list[int]:
-    """The fold 0..count - 1 of each labelled clip (stages/fusion/folds.py).
+def split(clips: list[Clip], count: int | Literal["groups"], seed: int) -> list[int]:
+    """The fold of each labelled clip, 0..count - 1, or one per group (stages/fusion/folds.py).
 
     Raises PipelineError where a class has fewer clips than there are folds, or where there are fewer groups.
     """
     from stages.fusion import folds
 
+    if count == "groups":
+        if alone := [clip.clip_id for clip in clips if not clip.group]:
+            raise PipelineError(f"folds.count: found groups, but {len(alone)} of {len(clips)} labelled clips have none "
+                                f"({alone[0]}); expected a number, or a group for each in the corpus's table")
+        count = len({clip.group for clip in clips})
+        if count < 2:
+            raise PipelineError(f"folds.count: found groups, but all labelled clips are of the group "
+                                f"{clips[0].group!r}; expected two groups or more, or a number")
     labels = [clip.label for clip in clips]
     groups = [clip.group or clip.clip_id for clip in clips]
     if not any(clip.group for clip in clips):

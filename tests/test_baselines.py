@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from stages import baselines as stage
 from stages.evaluation import metrics
 from stages.fusion import baselines as module
 from stages.fusion.baselines import FINAL, INNER_FOLDS, STRENGTHS, Baselines, baselines, choose
-from stages.fusion.features import Inputs, fold_statistics
+from stages.fusion.features import Inputs, number_groups
 from stages.fusion.folds import inner_split
 from stages.fusion.logistic_regression import Solution, coordinates, fit
 
@@ -128,9 +129,9 @@ def test_inner_folds_keep_groups_together() -> None:
     assert len(set(inner_split(np.array([0, 1, 2]), [""] * 3, 5, seed=0))) == 3
 
 
-def found(inputs: Inputs, groups: np.ndarray | None = None, seeds: tuple[int, ...] = (0, 1)) -> Baselines:
+def found(inputs: Inputs, groups: np.ndarray | None = None, **changes: Any) -> Baselines:
     groups = np.full(len(inputs.clip_ids), "") if groups is None else groups
-    return baselines(inputs, fold_statistics(inputs, True), groups, seeds)
+    return baselines(inputs, recipe(seeds=[0, 1], **changes), groups)
 
 
 def test_predictions_are_scikit_learns_on_the_concatenated_standardised_features() -> None:
@@ -169,6 +170,20 @@ def test_a_fold_that_is_trained_without_a_class_gives_it_no_probability() -> Non
         assert not own[:, without, 3].any() and own[:, ~without, 3].min() > 0
         torch.testing.assert_close(own.sum(dim=-1), torch.ones(own.shape[:-1]))
         torch.testing.assert_close(others.sum(dim=-1), torch.ones(others.shape[:-1]))
+
+
+def test_features_standardised_by_group_are_those_of_the_fusion() -> None:
+    """Groups that lie far apart hide the classes from features by fold, and not from those by group."""
+    inputs, truth = make_inputs(noise=0.5)
+    groups = np.where(np.arange(len(truth)) % 3 > 0, "a", "b")
+    moved = []
+    for modality in inputs.modalities:
+        apart = torch.from_numpy(20.0 * (groups == "a")).float()[:, None] * modality.present[:, None]
+        moved.append(replace(modality, matrix=modality.matrix * 0.02 + apart))
+    inputs = replace(inputs, modalities=tuple(moved), groups=number_groups(groups.tolist()))
+    right = {kind: (found(inputs, groups, standardize=kind).logistic_regression[1].argmax(-1).numpy()
+                    == truth[inputs.others]).mean() for kind in ("fold", "group")}
+    assert right["group"] > 0.8 and right["group"] > right["fold"]
 
 
 def test_the_stage_writes_predictions_clips_and_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

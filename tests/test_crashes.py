@@ -25,7 +25,7 @@ FAST = ("corpus", "extract_audio", "extract@hubert")  # on small clips, without 
 KILLED_FAST = ("extract_audio", "extract@hubert")
 ALL = ("demo", "corpus", "split_folds", "extract_audio", "transcribe", "slice_frames", "crop_faces", "rank_emotions",
        "extract@hubert", "extract@clip", "extract@baichuan", "train_emovclip", "extract@emovclip", "gather_features",
-       "train_fusion", "self_train", "evaluate")
+       "train_fusion", "baselines", "nested_cv", "self_train", "evaluate")
 SHORT = ("corpus", "split_folds", "gather_features")  # a second's work; the demo's making is not resumed by design
 SOAK_KILLS, SOAK_SERIES = 20, 5
 BAR = re.compile(r"\d+/\d+ \[")  # as of tqdm

@@ -44,6 +44,18 @@ def test_a_class_smaller_than_the_folds_is_refused() -> None:
         split(clips({"neutral": 24, "worry": 24}, group_size=12), 5, seed=0)
 
 
+def test_one_fold_per_group_without_counting_them() -> None:
+    corpus = grouped({"iemocap": {"joy": 30, "fear": 20}, "meld": {"joy": 4}, "emodb": {"joy": 9, "fear": 9}})
+    folds = split(corpus, "groups", seed=0)
+    assert folds == split(corpus, 3, seed=0)
+    assert len({(clip.group, fold) for clip, fold in zip(corpus, folds, strict=True)}) == len(set(folds)) == 3
+    assert remarks(corpus, folds) == ["1 of 3 folds validate without a clip of some class"]
+    with pytest.raises(PipelineError, match=r"found groups, but 50 of 50 labelled clips have none \(c0\); expected a"):
+        split(clips({"neutral": 25, "anger": 25}), "groups", seed=0)
+    with pytest.raises(PipelineError, match="found groups, but all labelled clips are of the group 'meld'; expected t"):
+        split(grouped({"meld": {"joy": 4, "fear": 3}}), "groups", seed=0)
+
+
 def grouped(counts: dict[str, dict[str, int]]) -> list[Clip]:
     """Clips of each group as label -> how many."""
     return [Clip(f"{group}-{label}-{i}", "", "labelled", label, "", group, None, 0, "")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from test_params import ROOT, flatten
 
-from stages.commands.tables import TABLE_1, TABLE_2, changed, possible, render, row_key
+from stages.commands.experiments import changed, key_of, sources
+from stages.commands.tables import TABLE_1, TABLE_2, possible, render
 from stages.engine.params import Params, read_yaml
 
 ROWS = (*TABLE_1, *TABLE_2)
@@ -51,15 +52,15 @@ def test_rows_whose_features_are_missing_are_left_out() -> None:
 
 def test_a_row_is_up_to_date_until_a_parameter_the_code_or_the_corpus_changes() -> None:
     params, lock = read_yaml(ROOT / "params.yaml"), read_yaml(ROOT / "dvc.lock")
-    key = row_key(params, lock)
-    assert row_key(changed(params, {"runtime.workers": 1}), lock) == key
-    assert row_key(changed(params, {"fusion.hidden": 64}), lock) != key
+    key = key_of(params, sources(lock))
+    assert key_of(changed(params, {"runtime.workers": 1}), sources(lock)) == key
+    assert key_of(changed(params, {"fusion.hidden": 64}), sources(lock)) != key
 
     def touched(stage: str, kind: str, path: str) -> str:
         other = copy.deepcopy(lock)
         entry = next(entry for entry in other["stages"][stage][kind] if entry["path"] == path)
         entry["md5"] = "0" * 32
-        return row_key(params, other)
+        return key_of(params, sources(other))
 
     assert touched("train_fusion", "deps", "stages/fusion/training.py") != key
     assert touched("corpus", "outs", "data/manifest.csv") != key

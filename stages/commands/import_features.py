@@ -45,9 +45,9 @@ from stages.engine.store import Store
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS: dict[str, Split] = {"train": "labelled", "labelled": "labelled", "test": "test", "unlabelled": "unlabelled"}
 ORDER = ("labelled", "test", "unlabelled")
-STAGES = ("split_folds", "gather_features", "train_fusion", "baselines", "self_train", "evaluate")
+STAGES = ("split_folds", "gather_features", "train_fusion", "baselines", "nested_cv", "self_train", "evaluate")
 WRITTEN = ("data/manifest.csv", "data/truth.csv", "data/duplicates.csv", "features")
-SECTIONS = ("folds", "fusion", "self_training", "evaluate")
+SECTIONS = ("folds", "fusion", "nested_cv", "self_training", "evaluate")
 TAKEN = {"data", "features", "models", "reports", "stages", "tests"}  # the repository's own, or hidden from DVC
 IGNORED = "/.cache/\n/data/\n/features/\n"
 

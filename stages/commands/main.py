@@ -18,6 +18,8 @@ COMMANDS = {
     "release": ("stages.commands.release", "the trained models as one folder for other machines, models/release"),
     "repair": ("stages.commands.repair", "remove a damaged store, so that dvc repro makes it anew"),
     "tables": ("stages.commands.tables", "the paper's Tables 1 and 2 on the current corpus, reports/tables.md"),
+    "search": ("stages.commands.search", "random search of the fusion's params by nested cross-validation"),
+    "compare": ("stages.commands.compare", "the WAF of two runs, their difference and whether it is more than chance"),
     "import-features": ("stages.commands.import_features", "a folder for dvc repro, made of feature files and labels"),
     "import-faces": ("stages.commands.import_faces", "face crops as MERTools keeps them, in place of crop_faces' own"),
     "export-features": ("stages.commands.export_features", "features of one extractor as MERTools' .npy files"),

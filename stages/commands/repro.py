@@ -33,7 +33,7 @@ CORES, GPU, NEITHER = "cores", "GPU", "neither"  # NEITHER: done in seconds, or 
 USES = {  # by the name before @, where its params don't decide (uses): of each there is one at a time
     "plan": NEITHER, "demo": CORES, "corpus": CORES, "split_folds": NEITHER, "extract_audio": CORES, "transcribe": GPU,
     "slice_frames": CORES, "crop_faces": CORES, "rank_emotions": NEITHER, "extract": GPU, "train_emovclip": GPU,
-    "gather_features": NEITHER, "train_fusion": GPU, "baselines": GPU, "self_train": GPU,
+    "gather_features": NEITHER, "train_fusion": GPU, "baselines": GPU, "nested_cv": GPU, "self_train": GPU,
     "evaluate": GPU,
 }
 REPORT_SECONDS = 30.0  # between a stage's lines of progress where there is no terminal

@@ -3,33 +3,25 @@
     mer tables                 # every row
     mer tables hubert clip     # some rows; `mer tables --help` lists them
 
-Each row is one `dvc exp run` of the experiment tables-<row>-<key>: params.yaml as it stands but for what the row
-names. Afterwards params.yaml is put back byte for byte and `dvc repro` brings the workspace's own results back from the
-run cache. A row's details.json is kept in .cache/tables/<key>.json, the key a hash of every parameter that the row runs
-with, of the code and of the corpus: a row that is up to date is read from there, and one that a kill cut short starts
-from what DVC and the stages had finished.
+Each row is one `dvc exp run` of the experiment tables-<row>-<key> (stages/commands/experiments.py): params.yaml as it
+stands but for what the row names.
 """
 
 import argparse
-import copy
-import hashlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.commands.experiments import Experiment, Series, changed
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, require_writable
 from stages.engine.params import load, read_yaml
 
 OUT = Path("reports/tables.md")
-RECORDS = Path(".cache/tables")
-ASIDE = RECORDS / "params.yaml"  # the user's, while rows run
-UNTRACKED = "runtime"  # may not change a result
+SERIES = Series(Path("reports/details.json"))
 Pair = tuple[float, float]
 
 
@@ -82,20 +74,6 @@ TABLE_2 = (
 # ---------------------------------------------------------------- what a row is
 
 
-def changed(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of params.yaml with the row's changes. KeyError for a parameter that it does not have."""
-    values: dict[str, Any] = copy.deepcopy(dict(params))
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section[parent]
-        if last not in section:
-            raise KeyError(key)
-        section[last] = value
-    return values
-
-
 def possible(row: Row, params: Mapping[str, Any]) -> bool:
     """Whether params.yaml has what the row changes, and the features that it uses."""
     try:
@@ -105,85 +83,14 @@ def possible(row: Row, params: Mapping[str, Any]) -> bool:
     return set(values["fusion"]["modalities"]) <= {*params["extractors"], "emovclip"}
 
 
-def sources(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(path, digest) of all that the pipeline's results come from but parameters: code, corpus, manifest, truth."""
-    stages = lock["stages"]
-    made = {out["path"] for stage in stages.values() for out in stage["outs"]}
-    read = {(dep["path"], dep["md5"]) for stage in stages.values() for dep in stage["deps"] if dep["path"] not in made}
-    return sorted(read | {(out["path"], out["md5"]) for out in stages["corpus"]["outs"]})
-
-
-def row_key(params: Mapping[str, Any], lock: Mapping[str, Any]) -> str:
-    """Hash of all that decides a row's figures."""
-    tracked = {section: values for section, values in params.items() if section != UNTRACKED}
-    content = json.dumps([tracked, sources(lock)], sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
-
-
-# ---------------------------------------------------------------- running
-
-
-def dvc(*arguments: str) -> None:
-    """Run dvc with this Python's programs first. Raises PipelineError where it fails."""
-    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    if subprocess.run(["dvc", *arguments], env={**os.environ, "PATH": search}).returncode:
-        raise PipelineError(f"dvc {' '.join(arguments)}: failed (see above)")
-
-
-def run_row(row: Row, key: str, position: str) -> dict[str, Any]:
-    """The row's details.json, from a `dvc exp run` in the workspace; params.yaml is left changed."""
-    experiment = f"tables-{row.name}-{key}"
-    print(f"tables: {position} {row.title} ({experiment})", flush=True)
-    listed = subprocess.run(["dvc", "exp", "list", "--all-commits", "--name-only"], capture_output=True, text=True)
-    if experiment in listed.stdout.split():  # its record is gone; DVC takes no name twice
-        dvc("exp", "remove", "--quiet", experiment)
-    settings = [f"{name}={json.dumps(value)}" for name, value in row.changes.items()]
-    dvc("exp", "run", "--name", experiment, *(part for setting in settings for part in ("-S", setting)))
-    return read_details()
-
-
-def read_details() -> dict[str, Any]:
-    return json.loads(Path("reports/details.json").read_text(encoding="utf-8"))
-
-
 def collect(wanted: list[Row]) -> dict[str, dict[str, Any]]:
     """row name -> details.json, of every row that is wanted or up to date; runs the wanted ones that are not."""
-    check_aside()
-    dvc("repro", "--quiet")
-    own = Path("params.yaml").read_bytes()
-    params, lock = read_yaml("params.yaml"), read_yaml("dvc.lock")
-    keys = {row.name: row_key(changed(params, row.changes), lock) for row in (*TABLE_1, *TABLE_2)
-            if possible(row, params)}
-    keep(row_key(params, lock), read_details())  # a row may be what the workspace holds already
-    todo = [row for row in wanted if row.name in keys and not record(keys[row.name]).exists()]
-    if todo:
-        ASIDE.write_bytes(own)
-    try:
-        for number, row in enumerate(todo, 1):
-            Path("params.yaml").write_bytes(own)
-            keep(keys[row.name], run_row(row, keys[row.name], f"{number}/{len(todo)}"))
-    finally:
-        if todo:
-            Path("params.yaml").write_bytes(own)
-            dvc("repro", "--quiet")
-            ASIDE.unlink()
-    return {name: json.loads(record(key).read_text()) for name, key in keys.items() if record(key).exists()}
-
-
-def check_aside() -> None:
-    """Raises PipelineError where a run was killed before it could put params.yaml back."""
-    if ASIDE.exists() and ASIDE.read_bytes() != Path("params.yaml").read_bytes():
-        raise PipelineError(f"params.yaml: may be a table's row, whose run was killed; yours is in {ASIDE}: put it "
-                            f"back with `mv {ASIDE} params.yaml`, or keep this one with `rm {ASIDE}`")
-
-
-def record(key: str) -> Path:
-    return RECORDS / f"{key}.json"
-
-
-def keep(key: str, figures: Mapping[str, Any]) -> None:
-    with replacing(record(key)) as file:
-        file.write(json.dumps(figures) + "\n")
+    params = read_yaml("params.yaml")
+    rows = [row for row in (*TABLE_1, *TABLE_2) if possible(row, params)]
+    experiments = [Experiment(f"tables-{row.name}", row.title, row.changes) for row in rows]
+    asked = [experiment for row, experiment in zip(rows, experiments, strict=True) if row in wanted]
+    found = zip(rows, SERIES.collect(experiments, asked), strict=True)
+    return {row.name: json.loads(path.read_text(encoding="utf-8")) for row, path in found if path}
 
 
 # ---------------------------------------------------------------- writing

@@ -67,7 +67,7 @@ class Demo(Section):
 
 
 class Folds(Section):
-    count: Annotated[int, Field(ge=2)]
+    count: Literal["groups"] | Annotated[int, Field(ge=2)]
     seed: NonNegative
 
 
@@ -212,6 +212,10 @@ class Fusion(Section):
         return [name for name in self.modalities if self.standardized_by(name) == "group"]
 
 
+class NestedCV(Section):
+    run: bool
+
+
 class SelfTraining(Section):
     rounds: NonNegative
     k: Positive
@@ -256,6 +260,7 @@ class FusionParams(Section):
     corpus: Labels
     folds: Folds
     fusion: Fusion
+    nested_cv: NestedCV
     self_training: SelfTraining
     evaluate: Evaluate
     runtime: Device
@@ -327,7 +332,11 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 def load_fusion(path: str | Path = "params.yaml") -> FusionParams:
     """The same for the stages from split_folds on, which also run on the short params.yaml of imported features."""
-    values = read_yaml(path)
+    return check_fusion(read_yaml(path), path)
+
+
+def check_fusion(values: Any, path: str | Path) -> FusionParams:
+    """The same of a file's content."""
     corpus = values.get("corpus") if isinstance(values, dict) else None
     imported = isinstance(corpus, dict) and corpus.get("adapter") == "features"
     return _validated(ImportedParams if imported else Params, path, values)

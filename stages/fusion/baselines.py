@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.engine.params import Fusion
 from stages.evaluation import metrics
-from stages.fusion.features import Inputs, Standardised, Statistics
+from stages.fusion.features import Inputs, Standardised, fold_statistics, group_statistics
 from stages.fusion.folds import inner_split
 from stages.fusion.logistic_regression import Coordinates, Solution, coordinates, fit
 
@@ -35,8 +36,10 @@ class Baselines:
     inner_waf: list[list[float]]  # (S, F) in percent, at that C
 
 
-def baselines(inputs: Inputs, statistics: Statistics, groups: np.ndarray, seeds: Sequence[int]) -> Baselines:
-    """statistics: as the fusion's models of each fold standardise by; groups: (N,) str, every clip's, "" where none."""
+def baselines(inputs: Inputs, recipe: Fusion, groups: np.ndarray) -> Baselines:
+    """Of recipe what decides the features, and the seeds. groups: (N,) str, every clip's, "" where it has none."""
+    seeds, statistics = recipe.seeds, fold_statistics(inputs, recipe)
+    transductive = group_statistics(inputs, recipe.by_group)
     classes, folds = len(inputs.label_names), inputs.folds[inputs.labelled]
     shapes = [(len(seeds), len(rows), classes) for rows in (inputs.labelled, inputs.others)]
     own, others = (torch.zeros(shape) for shape in shapes)
@@ -44,7 +47,7 @@ def baselines(inputs: Inputs, statistics: Statistics, groups: np.ndarray, seeds:
     chosen, scores = [], []
     for fold in tqdm(range(inputs.fold_count), desc="baselines", unit="fold", leave=False):
         rows = np.flatnonzero((inputs.folds >= 0) & (inputs.folds != fold))
-        feed = Standardised(inputs, statistics, fold)
+        feed = Standardised(inputs, statistics, fold, transductive)
         x, labels = coordinates(_together(feed, rows, inputs)), inputs.labels[rows]
         found = choose(x, labels, groups[rows].tolist(), seeds, classes)
         models = {c: fit(x, *_all(x, labels), classes, c, FINAL) for c in {c for c, _ in found}}
