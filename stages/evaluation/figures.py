@@ -81,7 +81,7 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
         "oof": cv["out_of_fold"]["waf"],
         "best": cv["best_epoch"]["waf"],
         "r0": figures["round0"][on]["waf"],
-        "logr": figures["logistic_regression"][on]["waf"],
+        "LR": figures["logistic_regression"][on]["waf"],
     }
     short = {name: round(value, 1 if name in ("lo", "hi", "acc", "uar") else 2)
              for name, value in found.items() if value is not None}
