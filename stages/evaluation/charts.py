@@ -51,16 +51,16 @@ def curves_chart(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def reliability_chart(table: pd.DataFrame) -> dict[str, Any]:
-    """Accuracy against confidence by bin, a line per value of the column `line`, over the diagonal."""
+    """Accuracy against confidence by bin, a line per value of the column `line`; points as large as bins have clips."""
     percent = alt.Scale(domain=[0, 100])
     diagonal = alt.Chart(pd.DataFrame({"confidence": [0, 100], "accuracy": [0, 100]})).mark_line(
         color="#d1d5db").encode(x=alt.X("confidence:Q", scale=percent, title="mean probability of the label (%)"),
                                 y=alt.Y("accuracy:Q", scale=percent, title="of these are right (%)"))
-    lines = alt.Chart(table.round({"confidence": 2, "accuracy": 2})).mark_line(point=True).encode(
-        x="confidence:Q", y="accuracy:Q", color=alt.Color("line:N", title=None, sort=None,
-                                                          legend=alt.Legend(orient="bottom", labelLimit=300)),
-        tooltip=["line:N", "confidence:Q", "accuracy:Q", "clips:Q"])
-    return _finish((diagonal + lines).properties(width=360, height=300))
+    base = alt.Chart(table.round({"confidence": 2, "accuracy": 2})).encode(
+        x="confidence:Q", y="accuracy:Q", tooltip=["line:N", "confidence:Q", "accuracy:Q", "clips:Q"],
+        color=alt.Color("line:N", title=None, sort=None, legend=alt.Legend(orient="bottom", labelLimit=300)))
+    points = base.mark_circle(opacity=0.8).encode(size=alt.Size("clips:Q", legend=None))
+    return _finish((diagonal + base.mark_line(strokeWidth=1) + points).properties(width=360, height=300))
 
 
 def robustness_chart(table: pd.DataFrame) -> dict[str, Any]:
