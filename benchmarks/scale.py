@@ -92,7 +92,7 @@ def measure(folder: Path, size: int, epochs: int, rounds: int) -> dict[str, tupl
     inner("plan: 99 % done")
     inner("plan: all done")
     inner("stores: read")
-    for stage in ("gather_features", "train_fusion", "self_train", "evaluate"):
+    for stage in ("gather_features", "train_fusion", "baselines", "self_train", "evaluate"):
         step(stage, "python", "-m", f"stages.{stage}")
     inner("report page")
     page = (repository / "reports/report.html").stat().st_size
