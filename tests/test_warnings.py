@@ -149,6 +149,13 @@ def test_nothing_is_said_without_a_reason() -> None:
 
 
 @pytest.mark.usefixtures("quiet")
+def test_cross_validation_holds_where_each_fold_votes_for_itself() -> None:
+    self_train("unlabelled_003")
+    set_value(Path("params.yaml"), "self_training.voters", "fold")
+    assert warnings() == []
+
+
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("case", CASES)
 def test_each_speaks_where_it_should_and_alone(case: str) -> None:
     trigger, expected = CASES[case]

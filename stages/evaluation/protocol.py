@@ -43,7 +43,7 @@ class Protocol:
 
 
 def protocol_of(run: Run, p: FusionParams) -> Protocol:
-    voters = getattr(p.self_training, "voters", "ensemble")
+    voters = p.self_training.voters
     transductive = []
     taught = set(run.pseudo_labels["clip_id"]) & {run.final.others[i] for i in run.split("test")}
     if taught and run.self_trained:
