@@ -120,7 +120,7 @@ def test_without_any_truth_only_the_cross_validation_is_scored(run: Run) -> None
     # cross-validation after self-training is void: what leads is round 0's
     assert found["lead"] == {"models": "round0", "on": "out_of_fold"}
     short, lead = figures.headline(found), found["round0"]["out_of_fold"]
-    assert "test" not in short and short["r0"] == short["oof"] and short["acc"] == round(lead["accuracy"], 1)
+    assert "test" not in short and short["r0"] == round(short["oof"], 1) and short["acc"] == round(lead["accuracy"], 1)
     shown = page(blind)
     assert f'<b id="waf">{lead["waf"]:.2f}</b>' in shown and "Out-of-fold WAF, before self-training" in shown
 

@@ -83,7 +83,7 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
         "r0": figures["round0"][on]["waf"],
         "LR": figures["logistic_regression"][on]["waf"],
     }
-    short = {name: round(value, 1 if name in ("lo", "hi", "acc", "uar") else 2)
+    short = {name: round(value, 1 if name in ("lo", "hi", "acc", "uar", "r0", "LR") else 2)
              for name, value in found.items() if value is not None}
     flags = {(False, False): "none", (True, False): "leaky", (False, True): "trans", (True, True): "both"}
     return {**{name: 100 if value == 100 else value for name, value in short.items()},  # 100.0 is wider than 99.9
