@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from trained_run import write_details
 
 from stages.encoders.acoustic import HOP, PIECE, RATE, Config, Encoder
 from stages.encoders.pooling import pooled_row
@@ -112,11 +113,10 @@ def test_anger_and_sadness_of_speakers_not_trained_on(encoder: Encoder) -> None:
 
 def test_a_model_card_tells_that_there_is_no_checkpoint(tmp_path: Path) -> None:
     p = load()
-    (tmp_path / "ensemble.json").write_text(json.dumps({"seeds": [0], "folds": 5}))
-    scores = {"per_class": {}, "waf": 50.0, "waf_std": 1.0, "interval": [40.0, 60.0], "accuracy": 50.0, "clips": 9,
-              "out_of_fold_waf": 48.0, "out_of_fold_waf_std": 1.0}
-    metrics = {"folds": 5, "seeds": 1, "leaky": False, "cv": scores, "test": scores,
-               "clips": {"labelled": 9, "unlabelled": 9, "test": 9}}
-    card = render_card(Trained(p, tmp_path, ("acoustic", "hubert"), {}), metrics)
+    write_details(tmp_path)
+    details = json.loads((tmp_path / "details.json").read_text())
+    described = {"seeds": list(range(details["seeds"])), "folds": details["folds"]}
+    (tmp_path / "ensemble.json").write_text(json.dumps(described))
+    card = render_card(Trained(p, tmp_path, tmp_path, ("acoustic", "hubert"), {}), details)
     assert "| acoustic | acoustic | audio | none: computed without weights | | |\n" in card
     assert "| hubert | hubert | audio | models/demo/hubert" in card

@@ -90,7 +90,7 @@ def test_metrics_are_what_people_compare(run: Run) -> None:
         "hi": round(final["test"]["interval"][1], 1), "acc": round(final["test"]["accuracy"], 1),
         "uar": round(final["test"]["uar"], 1), "last": round(round0["last_epoch"]["waf"], 2),
         "oof": round(round0["out_of_fold"]["waf"], 2), "best": round(round0["best_epoch"]["waf"], 2),
-        "r0": round(round0["test"]["waf"], 2), "LR": round(found["logistic_regression"]["test"]["waf"], 2),
+        "r0": round(round0["test"]["waf"], 1), "LR": round(found["logistic_regression"]["test"]["waf"], 1),
         "flags": "trans"}
     honest = figures.headline(found | {"void": False, "transductive": [], "leaky": True})
     assert honest["oof"] == round(final["out_of_fold"]["waf"], 2) != figures.headline(found)["oof"]

@@ -6,7 +6,6 @@ written (pools of libraries share both, and give up, or leave a process dead, wh
 
 import math
 import multiprocessing
-import pickle
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from multiprocessing.reduction import ForkingPickler  # between our own processes, as Connection.send does
 from typing import Any, NamedTuple
 
 from stages.engine.errors import ATTEMPTS, Died, PipelineError, Skip, insist, is_machines
@@ -25,6 +25,10 @@ CONTEXT = multiprocessing.get_context("spawn")  # a fork of a process with threa
 HERE = b""  # what a worker says when it has started, and when it begins a task, whose doing its end then is
 NO_WORKERS = ("decoding processes end before they can work (out of memory, or too many open files: ulimit -n); "
               "finished shards are kept, run dvc repro again")
+
+
+def _dumps(value: Any) -> bytes:
+    return bytes(ForkingPickler.dumps(value))
 
 
 class _Task(NamedTuple):
@@ -80,7 +84,7 @@ class Workers:
         In place of a result: Skip, where the function raised it; Died for a crash or time-out; the OSError or
         MemoryError of a machine at fault, after several attempts. Raises PipelineError where workers can't start.
         """
-        tasks = [_Task(pickle.dumps((function, a)), Future()) for a in arguments]
+        tasks = [_Task(_dumps((function, a)), Future()) for a in arguments]
         self._waiting.extend(tasks)
         self._wake.send_bytes(b"1")
         return self._results(deque(task.future for task in tasks))
@@ -88,7 +92,7 @@ class Workers:
     def _results(self, futures: "deque[Future[bytes]]") -> Iterator[Any]:
         while futures:
             try:
-                result, error = pickle.loads(futures.popleft().result())
+                result, error = ForkingPickler.loads(futures.popleft().result())
             except Died as died:
                 result, error = died, None
             if isinstance(error, Skip) or (error and is_machines(error)):
@@ -184,11 +188,11 @@ def _serve(pipe: Any) -> None:
 
 def _outcome(call: bytes, pipe: Any) -> bytes:
     try:
-        function, arguments = pickle.loads(call)  # may import the function's module, which is not the task's doing
+        function, arguments = ForkingPickler.loads(call)  # may import a module, which is not the task's doing
         pipe.send_bytes(HERE)
-        return pickle.dumps((insist(lambda: function(*arguments)), None))
+        return _dumps((insist(lambda: function(*arguments)), None))
     except Exception as error:
-        return pickle.dumps((None, ExceptionWithTraceback(error, error.__traceback__)))
+        return _dumps((None, ExceptionWithTraceback(error, error.__traceback__)))
 
 
 def ended(exit_code: int) -> str:
