@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from stages.engine.params import Params, load, read_yaml
+from stages.engine.params import Params, load
 from stages.engine.work import Input, Target
+from stages.engine.yaml_file import read_yaml
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from chat_server import KEY
 from ruamel.yaml import YAML
 
 from stages.engine.files import write_rows
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[1]
 TRANSCRIPTS = [f"这是第{i}句话。" for i in range(40)]

@@ -16,7 +16,7 @@ from stages.corpora.layout import Entry
 from stages.corpus import ADAPTERS
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import read_manifest
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["neutral", "anger", "happiness", "sadness", "worry", "surprise"]

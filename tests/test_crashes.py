@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from test_transcribe import make_ctc
 
 from stages.corpora.demo.checkpoints import make_hubert
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 
 FAST = ("corpus", "extract_audio", "extract@hubert")  # on small clips, without the demo
 KILLED_FAST = ("extract_audio", "extract@hubert")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from code_deps import ROOT, code_deps
 
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 
 STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 EXTRACTORS: dict[str, Any] = read_yaml(ROOT / "params.yaml")["extractors"]

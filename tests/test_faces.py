@@ -19,8 +19,8 @@ from ruamel.yaml import YAML
 
 from benchmarks import face_clips
 from stages.engine.manifest import Clip, write_manifest
-from stages.engine.params import read_yaml
 from stages.engine.store import Store
+from stages.engine.yaml_file import read_yaml
 from stages.media import centerface
 from stages.media.faces import Face, Tracker, align
 from stages.media.following import eye_distance, find_faces

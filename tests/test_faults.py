@@ -25,10 +25,11 @@ from stages.engine.errors import PipelineError, Skip, run_stage
 from stages.engine.extraction import write_store
 from stages.engine.fingerprint import stage_fingerprint
 from stages.engine.manifest import Clip, write_manifest
-from stages.engine.params import Params, load, read_yaml
+from stages.engine.params import Params, load
 from stages.engine.per_clip import PerClip
 from stages.engine.store import Row, Store, read_head
 from stages.engine.work import part_fingerprint, plan
+from stages.engine.yaml_file import read_yaml
 from stages.media import clip as clip_module
 from stages.media.audio import load_audio
 from stages.media.clip import Reader, open_clip

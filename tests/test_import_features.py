@@ -15,8 +15,9 @@ from stages.commands.import_features import STAGES, Request, import_features, ma
 from stages.commands.npy import NOTHING
 from stages.engine.errors import PipelineError
 from stages.engine.manifest import read_manifest
-from stages.engine.params import load_fusion, read_yaml
+from stages.engine.params import load_fusion
 from stages.engine.store import Store
+from stages.engine.yaml_file import read_yaml
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["angry", "happy", "neutral", "sad"]

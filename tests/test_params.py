@@ -8,7 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.engine.errors import PipelineError
-from stages.engine.params import load, read_yaml
+from stages.engine.params import load
+from stages.engine.yaml_file import read_yaml
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,7 @@ from chat_server import KEY, QUESTION, pay_in_process, serving
 from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 from stages.rankings import openai_batch, providers
 from stages.rankings.cache import FOLDER, Cache, Job, giving_up
 

@@ -15,7 +15,8 @@ from stages import rank_emotions
 from stages.engine.errors import PipelineError, Skip
 from stages.engine.files import file_digest, write_rows
 from stages.engine.manifest import Clip, write_manifest
-from stages.engine.params import load, read_yaml
+from stages.engine.params import load
+from stages.engine.yaml_file import read_yaml
 from stages.rankings.clips import item_of
 
 ROOT = Path(__file__).parents[1]

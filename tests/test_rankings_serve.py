@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import write_rows
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 from stages.rankings import parse, prompt
 
 ROOT = Path(__file__).parents[1]

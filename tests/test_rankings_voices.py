@@ -33,7 +33,8 @@ from stages import rank_emotions
 from stages.engine.errors import PipelineError
 from stages.engine.files import file_digest, write_rows
 from stages.engine.manifest import Clip, write_manifest
-from stages.engine.params import load, read_yaml
+from stages.engine.params import load
+from stages.engine.yaml_file import read_yaml
 from stages.inference.texts import find_texts
 from stages.rankings import openai_batch, openai_provider, providers
 from stages.rankings.cache import Cache

@@ -12,7 +12,8 @@ from test_pipeline import ROOT, Repository, new_repository
 
 from stages.commands.search import Labelled, Range, Trial, draw, honest, main, read_space, render
 from stages.engine.errors import PipelineError
-from stages.engine.params import load_fusion, read_yaml
+from stages.engine.params import load_fusion
+from stages.engine.yaml_file import read_yaml
 from stages.evaluation import metrics
 
 PARAMS: dict[str, Any] = read_yaml(ROOT / "params.yaml")

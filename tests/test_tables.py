@@ -9,7 +9,8 @@ from test_params import ROOT, flatten
 
 from stages.commands.experiments import changed, key_of, sources
 from stages.commands.tables import TABLE_1, TABLE_2, possible, render
-from stages.engine.params import Params, read_yaml
+from stages.engine.params import Params
+from stages.engine.yaml_file import read_yaml
 
 ROWS = (*TABLE_1, *TABLE_2)
 SHIPPED = ("params.yaml", "presets/mer2024.yaml")

@@ -15,7 +15,8 @@ from yaml_values import set_value
 from stages import gather_features, self_train, train_fusion
 from stages.commands.import_features import make_params
 from stages.engine.errors import PipelineError
-from stages.engine.params import load, load_fusion, read_yaml
+from stages.engine.params import load, load_fusion
+from stages.engine.yaml_file import read_yaml
 from stages.fusion.features import Inputs
 from stages.fusion.self_training import choose, no_pseudo_labels, pool_rows, voice_opinions
 

@@ -16,7 +16,8 @@ from stages.corpora.demo.checkpoints import make_baichuan, make_hubert
 from stages.corpora.demo.clip_checkpoint import LAYERS, TEXT_WIDTH, WIDTH, make_clip
 from stages.encoders.assembly import loaded_digest
 from stages.engine.files import file_digest, write_json
-from stages.engine.params import load, read_yaml
+from stages.engine.params import load
+from stages.engine.yaml_file import read_yaml
 from stages.evaluation import figures
 from stages.evaluation.artefacts import read_run
 from stages.fusion.architectures import Architecture

@@ -22,9 +22,9 @@ import pandas as pd
 from stages.engine.errors import PipelineError, one_line, run_stage
 from stages.engine.files import file_digest
 from stages.evaluation import metrics
+from stages.evaluation.warnings import FEW_GROUPS
 
 WORKSPACE = "workspace"
-FEW = 10  # groups, of which a bootstrap shows too little of how groups differ [choice]
 SPLITS = {"test": "test", "labelled": "labelled, out of fold"}
 
 
@@ -161,10 +161,12 @@ def render(first: Predicted, second: Predicted, found: Sequence[Difference]) -> 
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text += ["", *(f"{SPLITS[row.split]}: {row.verdict}".capitalize() for row in found)]
-    if any(run.params.get("self_training.rounds") for run in (first, second)):
-        text.append("Out of fold after self-training is optimistic, the more so the more rounds: trust the test.")
-    if any(0 < row.groups < FEW for row in found):
-        text.append(f"Intervals of fewer than {FEW} groups are too narrow: other groups may differ by more.")
+    if any(run.params.get("self_training.rounds") and run.params.get("self_training.voters") != "fold"
+           for run in (first, second)):
+        text.append("Out of fold after self-training is void (self_training.voters: fold makes it honest): trust the "
+                    "test.")
+    if any(0 < row.groups < FEW_GROUPS for row in found):
+        text.append(f"Intervals of fewer than {FEW_GROUPS} groups are too narrow: other groups may differ by more.")
     keys = sorted(first.params.keys() | second.params.keys())
     changed = [(key, *(run.params.get(key, "not there") for run in (first, second))) for key in keys]
     told = [f"  {key}: {a} -> {b}" for key, a, b in changed if a != b and not key.startswith("runtime.")]

@@ -19,7 +19,7 @@ from typing import Any
 
 from stages.engine.errors import PipelineError
 from stages.engine.files import replacing
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 
 RECORDS = Path(".cache/experiments")
 ASIDE = RECORDS / "params.yaml"  # the user's, while experiments run

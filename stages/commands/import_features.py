@@ -39,8 +39,9 @@ from stages.corpora.tables import read_lines, read_table
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, write_rows
 from stages.engine.manifest import Clip, Split, write_manifest
-from stages.engine.params import load_fusion, read_yaml
+from stages.engine.params import load_fusion
 from stages.engine.store import Store
+from stages.engine.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS: dict[str, Split] = {"train": "labelled", "labelled": "labelled", "test": "test", "unlabelled": "unlabelled"}

@@ -22,9 +22,9 @@ from stages.engine.dvc_cache import cache_folder, cached
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import file_digest
 from stages.engine.fingerprint import PARTS
-from stages.engine.params import read_yaml
 from stages.engine.store import INDEX, check_shard, read_head, read_index
 from stages.engine.work import part_fingerprint
+from stages.engine.yaml_file import read_yaml
 
 
 def outs_around(folder: Path) -> list[tuple[str, str, str]]:

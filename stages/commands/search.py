@@ -34,7 +34,8 @@ from stages.commands.experiments import Experiment, Series, changed
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, require_writable
 from stages.engine.manifest import read_folds, read_manifest
-from stages.engine.params import FusionParams, check_fusion, describe, load_fusion, read_yaml
+from stages.engine.params import FusionParams, check_fusion, load_fusion
+from stages.engine.yaml_file import describe, read_yaml
 from stages.evaluation import metrics
 
 OUT = Path("reports/search.md")

@@ -18,7 +18,8 @@ from typing import Any
 from stages.commands.experiments import Experiment, Series, changed
 from stages.engine.errors import PipelineError, run_stage
 from stages.engine.files import replacing, require_writable
-from stages.engine.params import load, read_yaml
+from stages.engine.params import load
+from stages.engine.yaml_file import read_yaml
 
 OUT = Path("reports/tables.md")
 SERIES = Series(Path("reports/details.json"))

@@ -13,7 +13,8 @@ from stages.encoders.pooling import encoded_row
 from stages.engine.encoding import Encode, Encoder
 from stages.engine.errors import PipelineError
 from stages.engine.fingerprint import checkpoint_digest
-from stages.engine.params import Extractor, Runtime, describe
+from stages.engine.params import Extractor, Runtime
+from stages.engine.yaml_file import describe
 
 
 def make_encoder(device: str, name: str, row: Extractor) -> Encoder:

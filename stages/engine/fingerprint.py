@@ -13,7 +13,7 @@ from typing import Any
 from stages.engine import version
 from stages.engine.errors import PipelineError
 from stages.engine.files import file_digest
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 
 READ = {".safetensors", ".bin", ".json", ".txt", ".model", ".vocab", ".jinja"}
 PARTS = Path(".cache/parts")  # work in progress, of every stage in <stage>/<fingerprint>/: outside DVC's outs

@@ -5,17 +5,14 @@ There are no defaults and no coercion: what a stage sees is what the file, and s
 YAML 1.2 through ruamel.yaml as DVC reads it (`off` is a string, 1e-4 a number).
 """
 
-import re
 from collections.abc import Iterable
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from stages.engine.errors import PipelineError, one_line
+from stages.engine.errors import PipelineError
+from stages.engine.yaml_file import describe, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -26,8 +23,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Standardize = Literal["none", "fold", "group"]
 P = TypeVar("P", bound=BaseModel)
-# In a fault's place: which kind of value it would have been
-KIND = re.compile(r"int$|literal\[|dict\[|\[(key|number|by label)\]$")
 
 
 class Section(BaseModel):
@@ -380,16 +375,6 @@ class Params(FusionParams):
         return self.extractors
 
 
-def read_yaml(path: str | Path) -> Any:
-    """Parse a YAML 1.2 file. Raises PipelineError where it is missing or is no YAML."""
-    try:
-        return YAML(typ="safe", pure=True).load(Path(path))
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: not found; run from the repository root") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path}: not valid YAML: {one_line(error)}") from None
-
-
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and check the parameters. Raises PipelineError naming the key, what was found and what is expected."""
     return _validated(Params, path, read_yaml(path))
@@ -412,28 +397,3 @@ def _validated(schema: type[P], path: str | Path, values: Any) -> P:
         return schema.model_validate(values)
     except ValidationError as error:
         raise PipelineError(f"{path}: {describe(error)}") from None
-
-
-def describe(error: ValidationError) -> str:
-    """The first fault as `key: found VALUE, expected ...`, and how many more there are."""
-    faults: dict[tuple[Any, ...], list[Any]] = {}  # a value that fits none of several kinds has a fault of each
-    for fault in error.errors():
-        faults.setdefault(tuple(takewhile(lambda part: not KIND.match(str(part)), fault["loc"])), []).append(fault)
-    first = max(next(iter(faults.values())), key=lambda fault: len(fault["loc"]))
-    key = ".".join(str(part) for part in first["loc"] if not KIND.match(str(part)))
-    found = first["input"]
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        text = f"{key}: unknown parameter (found {_short(found)}); remove it or correct its name"
-    elif first["type"] in ("missing", "missing_argument"):
-        text = f"{key}: missing; every parameter must be given (params.yaml in git shows them all)"
-    elif first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
-    else:
-        expected = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-        text = f"{key}: found {_short(found)}, expected {expected}"
-    return text + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

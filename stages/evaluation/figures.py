@@ -247,8 +247,8 @@ def removals(modalities: list[str]) -> Iterator[frozenset[str]]:
 def robustness_table(run: Run, predict: Callable[[frozenset[str]], tuple[np.ndarray, np.ndarray]]) -> pd.DataFrame:
     """WAF of the trained models with each set of modalities absent from every clip.
 
-    predict(removed) -> out-of-fold softmax (S, labelled, L) at the best epochs, and (S, others, L). Columns:
-    removed, kept, cv_waf, cv_waf_std (as cv.waf_best_epoch) and, where known, test_waf, test_waf_std.
+    predict(removed) -> out-of-fold softmax (S, labelled, L) at the ensemble's epochs, and (S, others, L). Columns:
+    removed, kept, cv_waf, cv_waf_std (mean over folds of each fold's own WAF) and, where known, test_waf, test_waf_std.
     """
     classes, known, rows = len(run.labels), run.known("test"), []
     for removed in removals(run.modalities):

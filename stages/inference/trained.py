@@ -12,8 +12,9 @@ from stages.encoders.assembly import loaded_digest
 from stages.engine.errors import PipelineError
 from stages.engine.files import file_digest
 from stages.engine.inputs import DATA, TEXTS, medium_digest
-from stages.engine.params import Extractor, Params, Runtime, load, read_yaml
+from stages.engine.params import Extractor, Params, Runtime, load
 from stages.engine.store import read_index
+from stages.engine.yaml_file import read_yaml
 from stages.evaluation.calibration import read_temperature
 
 ENSEMBLE = Path("models/self_training")

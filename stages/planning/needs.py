@@ -6,7 +6,8 @@ What dvc.lock knows as made for this corpus stays made: an ablation that drops a
 from pathlib import Path
 
 from stages.engine.inputs import TEXTS
-from stages.engine.params import Params, read_yaml
+from stages.engine.params import Params
+from stages.engine.yaml_file import read_yaml
 
 PROMPTS = "models/emovclip"  # what train_emovclip writes
 MEDIA = ("audio", "frames", "faces")

@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.engine.dvc_cache import cache_folder, cached
 from stages.engine.errors import PipelineError
-from stages.engine.params import read_yaml
+from stages.engine.yaml_file import read_yaml
 from stages.rankings.cache import VENDOR, Answer, Question
 
 OUT = "data/rankings.jsonl"
