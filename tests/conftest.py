@@ -24,7 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Files that take a minute and more: begun first, so that no worker is left alone with one at the end
 LONG = ("test_pipeline.py", "test_broken_media.py", "test_crashes.py", "test_rankings_serve.py",
-        "test_rankings_batch_kills.py", "test_import_features.py", "test_ray.py")
+        "test_rankings_batch_kills.py", "test_import_features.py", "test_ray.py", "test_search.py", "test_compare.py")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests that run DVC or servers wait for a sixth of their time."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
