@@ -96,7 +96,7 @@ def measure(
 
     def fuse(label: str) -> None:
         inner("stores: read", label)
-        for stage in ("pretrain_fusion", "train_fusion", "baselines", "self_train", "evaluate"):
+        for stage in ("pretrain_fusion", "train_fusion", "nested_cv", "baselines", "self_train", "evaluate"):
             if (repository / f"stages/{stage}.py").exists():  # an earlier commit has fewer
                 step(stage + label, "python", "-m", f"stages.{stage}")
 
@@ -144,8 +144,8 @@ def timed(folder: Path, *command: str) -> tuple[tuple[float, float], str]:
 
 @contextmanager
 def code_of(revision: str, repository: Path, epochs: int, rounds: int) -> Iterator[None]:
-    """The repository with the stages and params of another commit."""
-    names, aside = ("stages", "params.yaml"), repository.parent / "aside"
+    """The repository with the stages, dvc.yaml and params of another commit."""
+    names, aside = ("stages", "dvc.yaml", "params.yaml"), repository.parent / "aside"
     aside.mkdir()
     for name in names:
         (repository / name).rename(aside / name)
