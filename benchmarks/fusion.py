@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stages.engine.devices import cores, lanes, pick_device, set_threads
-from stages.engine.params import Fusion, SelfTraining
+from stages.engine.params import Fusion, Params, SelfTraining, load
 from stages.fusion.architectures import Dropout, keep_modalities
 from stages.fusion.features import Inputs, Modality, Standardised, fold_statistics
 from stages.fusion.self_training import pool_rows, self_train
 from stages.fusion.training import architecture_of, fit, train
 
+ROOT = Path(__file__).parent.parent
 LABELS = ("neutral", "anger", "happiness", "sadness", "worry", "surprise")
 DIMENSIONS = {"hubert": 2048, "clip": 1536, "emovclip": 768, "baichuan": 10240}
 PER_FOLD = "emovclip"
@@ -46,8 +47,6 @@ LABELLED, UNLABELLED, FOLDS = 5030, 115_595, 5
 EPOCHS = 30
 TURN = 5  # epochs of one side before the other's
 BATCHED = "31166a6"  # the last commit whose models were one batched model
-PLAIN: dict[str, Any] = {"architecture": "attention", "standardize": "fold", "epoch": "best", "optimizer": "adam",
-                         "class_weights": "none", "label_smoothing": 0.0, "feature_noise": 0.0, "mixup": 0.0}
 WORKER = """
 import sys
 from benchmarks import fusion
@@ -55,9 +54,9 @@ from stages.engine.devices import set_threads
 from stages.engine.params import Fusion
 engine, epochs = sys.argv[1], int(sys.argv[2])
 set_threads(engine != "batched")
-recipe = Fusion(modalities=list(fusion.DIMENSIONS), modality_dropout=0.3, keep_one=True, hidden=128,
-                dropout=0.3, epochs=epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=[0],
-                **({"missing": "off", "standardize": True} if engine == "batched" else fusion.PLAIN))
+recipe = fusion.paper(epochs=epochs, seeds=[0]).fusion if engine != "batched" else Fusion(
+    modalities=list(fusion.DIMENSIONS), modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3, epochs=epochs,
+    batch_size=64, learning_rate=3e-4, weight_decay=1e-5, seeds=[0], missing="off", standardize=True)
 inputs = fusion.random_inputs(0, fusion.torch.float32, "cpu")
 statistics = fusion.fold_statistics(inputs, True if engine == "batched" else recipe)
 models = [(0, fold) for fold in range(fusion.FOLDS)]
@@ -89,17 +88,19 @@ def main() -> None:
         return engines(options.turns)
     device = pick_device(options.device)
     set_threads(options.whole)  # as the stages do; beside them the loop has all cores
-    fusion = Fusion(
-        modalities=list(DIMENSIONS), modality_dropout=0.3, keep_one=True, hidden=128, dropout=0.3,
-        epochs=options.epochs, batch_size=64, learning_rate=3e-4, weight_decay=0.0, seeds=list(range(options.seeds)),
-        **PLAIN,
-    )
+    p = paper(epochs=options.epochs, seeds=list(range(options.seeds)))
     print(f"{len(os.sched_getaffinity(0))} CPU cores, {device}")
     if options.whole:
-        whole(fusion, options.rounds, device)
+        whole(p.fusion, p.self_training.model_copy(update={"rounds": options.rounds}), device)
     else:
-        beside_the_baseline(fusion, device)
+        beside_the_baseline(p.fusion, device)
     print(f"peak host memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
+def paper(**changes: Any) -> Params:
+    """The preset's recipe, with changes to its fusion."""
+    p = load(ROOT / "presets/mer2024.yaml")
+    return p.model_copy(update={"fusion": p.fusion.model_copy(update=changes)})
 
 
 def engines(turns: int, epochs: int = 2) -> None:
@@ -131,11 +132,9 @@ def engines(turns: int, epochs: int = 2) -> None:
         print(f"{name}: median {statistics.median(row[name] for row in rows):.2f} s an epoch, {ratio:.2f} of batched")
 
 
-def whole(fusion: Fusion, rounds: int, device: str) -> None:
+def whole(fusion: Fusion, p: SelfTraining, device: str) -> None:
     """Round 0 and the rounds after it, as train_fusion and self_train run them."""
     inputs = random_inputs(UNLABELLED, torch.float16, device)
-    p = SelfTraining(rounds=rounds, k=10, voters="ensemble", pool="accumulate", threshold=0, agreement=0,
-                     voices=[], include_test=True, select="last")
     start = time.perf_counter()
     first = train(inputs, fusion, np.tile(inputs.labels, (len(fusion.seeds), FOLDS, 1)), "round 0")
     before = time.perf_counter()

@@ -138,14 +138,13 @@ def test_a_failure_is_a_skip_that_says_why(clips: Path, kind: str, reason: str) 
 
 
 def test_a_hang_is_ended_with_its_children(clips: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(Died) as died:
         crops(clips, "hangs", limit=1)
     assert str(died.value) == STOPPED.format(1)
-    assert time.monotonic() - start < 10
     pids = next(clips.glob("hangs*.pids")).read_text().split()
+    deadline = time.monotonic() + 60
     while any(runs(pid) for pid in pids):
-        assert time.monotonic() - start < 10
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 

@@ -209,9 +209,8 @@ def test_a_row_of_the_tables_is_run_once_and_leaves_the_workspace_alone(reposito
     assert rows["| HuBERT"].count(" ± ") == 3 and rows["| p = 0.3"].count(" ± ") == 3 and "not run" in rows["| CLIP"]
     assert f"{before[0]['test']:.2f}" in rows["| p = 0.3"]
     assert (repository.metrics(), (repository.folder / "params.yaml").read_bytes()) == before
-    start = time.monotonic()
     output = repository.run("python", "-m", "stages.commands.tables", "hubert", "p30")
-    assert "Running stage" not in output and "exp run" not in output and time.monotonic() - start < 30
+    assert "Running stage" not in output and "exp run" not in output
     assert repository.stages_run(repository.run("dvc", "repro")) == []
 
 
@@ -378,9 +377,7 @@ def test_bad_params_are_one_line(repository: Repository, key: str, value: object
 def test_the_preset_without_its_corpus_says_where_it_must_lie(tmp_path: Path) -> None:
     repository = new_repository(tmp_path)
     shutil.copyfile(tmp_path / "presets/mer2024.yaml", tmp_path / "params.yaml")
-    start = time.monotonic()
     output = repository.run("dvc", "repro", expect=None)
-    assert time.monotonic() - start < 30
     assert "things that this run needs are missing: corpus.path: found no folder data/mer2024" in output
     assert "video-labeled/" in output and "Traceback" not in output
     assert repository.stages_run(output) == ["plan"]

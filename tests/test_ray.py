@@ -125,10 +125,8 @@ def test_a_task_that_fails_for_good_names_its_clip(p: Params, fault: dict[str, s
 
 
 def test_no_cluster_at_the_address(p: Params) -> None:
-    start = time.monotonic()
     with pytest.raises(PipelineError, match=r"runtime\.ray_address: no Ray cluster to join at localhost:1 .*refused"):
         write_store(target("a"), inputs(8), Words(), on_ray("localhost:1"), ["cpu"])
-    assert time.monotonic() - start < 10
 
 
 def test_a_node_without_the_shared_folder(p: Params) -> None:
