@@ -26,7 +26,7 @@ TINY = 2.0  # eye distance in pixels of the flow below which nothing is followed
 MARGIN = 1.0  # around the points, where the flow looks for them: eye distances
 RETURN = 0.03, 0.1  # how far from its start a point may end that is followed there and back: eye distances + pixels
 LEAST = 0.4  # share of the points that must come back
-DISAGREEMENT = 0.07  # eye distances between a landmark followed and detected, mean of the five
+DISAGREEMENT = 0.1  # eye distances between a landmark followed and detected, mean of the five
 MINOR = 0.25  # a face smaller than this share of the largest may come and go between two detections
 PROFILE = 0.865  # eye distance of a frontal face in distances from eyes to mouth (faces.TEMPLATE)
 
