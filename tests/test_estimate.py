@@ -28,3 +28,10 @@ def test_the_table_sums_up_and_says_what_was_measured() -> None:
     by_name = {row[0]: hours(row[2]) for row in stages}
     assert by_name["crop_faces, every frame"] == pytest.approx(120_625 * 4.5 * 25 * 5e-3 / 16 / 3600, abs=0.05)
     assert hours(overlapped[2]) <= 6  # the target
+
+
+def test_the_fusion_is_measured_with_the_code_that_trains_it(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "DIMENSIONS", dict.fromkeys(estimate.DIMENSIONS, 8))
+    seconds = estimate.fusion_seconds(load("presets/mer2024.yaml"))
+    assert seconds.keys() == {"clip trained on once", "clip predicted", "clip predicted with every subset"}
+    assert all(second > 0 for second in seconds.values())

@@ -125,13 +125,14 @@ def fusion_seconds(p: Params) -> dict[str, float]:
     modalities = tuple(Modality(name, torch.randn(1, count, size).half(), torch.zeros(1, size), torch.ones(1, size),
                                 present) for name, size in DIMENSIONS.items())
     labels = np.arange(count) % len(p.corpus.labels)
+    every_model = np.tile(labels, (1, FOLDS, 1))
     inputs = Inputs([str(i) for i in range(count)], np.full(count, "labelled"), labels, np.arange(count) % FOLDS,
                     tuple(p.corpus.labels), modalities)
     recipe = p.fusion.model_copy(update={"epochs": 1, "seeds": [0], "modalities": list(DIMENSIONS)})
     set_threads(True)  # as the stages do
     done: list[Outputs] = []
-    train(inputs, recipe, labels[None], "warming up")
-    training = core_seconds(lambda: done.append(train(inputs, recipe, labels[None], "estimate")))
+    train(inputs, recipe, every_model, "warming up")
+    training = core_seconds(lambda: done.append(train(inputs, recipe, every_model, "estimate")))
     ensemble, rows, subsets = done[0].ensemble, np.arange(count), list(removals(list(DIMENSIONS)))
     predicting = core_seconds(lambda: ensemble.predict(inputs, rows))
     every_subset = core_seconds(lambda: ensemble.predict_without(inputs, rows, subsets))  # by a clip's own model alone
